@@ -1,0 +1,79 @@
+"""What a machine is, as far as a capture kernel cares: memory, CPUs, firmware, and where the running kernel (K1) lies.
+
+A `Machine` is a value. `crashkernel.machine.devicetree` reads what a device tree alone can say; `crashkernel.machine.live`
+adds what only a running kernel knows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from crashkernel.formats.fdt import Node
+    from crashkernel.memory import Range, RangeSet
+
+Platform = Literal["pseries", "powernv"]
+Mmu = Literal["radix", "hash"]
+ByteOrder = Literal["little", "big"]
+
+HEAD_SIZE = 0x100
+"""K1's first bytes, in bytes: the ones `kexec_sequence` overwrites before any purgatory runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A named stretch of physical memory."""
+
+    name: str
+    range: Range
+
+
+@dataclass(frozen=True, slots=True)
+class Cpu:
+    """One of K1's CPUs. `number` is Linux's, `note` the buffer its registers are saved to at the panic, if known."""
+
+    number: int
+    note: Range | None = None
+    online: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Lmb:
+    """A logical memory block of a partition's dynamic memory (PAPR, `ibm,dynamic-memory`).
+
+    `usable` follows the kernel's own test (`arch/powerpc/kernel/prom.c`, early_init_drmem_lmb): assigned and not reserved.
+    """
+
+    range: Range
+    usable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Everything a plan depends on. All addresses are physical, all sizes bytes."""
+
+    platform: Platform
+    model: str  # the device tree's own words
+    mmu: Mmu  # what K1 runs with, and so what K2 will choose
+    byteorder: ByteOrder  # of K1
+    page_size: int  # of K1
+    memory: RangeSet  # all RAM, the reserved region included
+    real_mode: Range  # what a CPU with translation off reaches: the RMA of a partition, everything on bare metal
+    cpus: tuple[Cpu, ...]  # all that are present
+    reserved: Range | None  # crashkernel=
+    firmware: tuple[Region, ...]  # RTAS, OPAL, TCE tables, reserved-memory: live below any kernel
+    initrd: Range | None  # K1's
+    k1_layout: tuple[Region, ...]  # text, init, data of K1, to name what lies where
+    vmcoreinfo: Range | None
+    head: bytes  # K1's first HEAD_SIZE bytes, b"" when nobody could read them
+    cmdline: str  # K1's
+    timebase_hz: int
+    device_tree: Node
+
+    @property
+    def firmware_ranges(self) -> RangeSet:
+        """The firmware's memory as one set."""
+        from crashkernel.memory import RangeSet  # noqa: PLC0415  (types only above: this module stays cheap to import)
+
+        return RangeSet(region.range for region in self.firmware)

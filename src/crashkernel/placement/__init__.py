@@ -1,0 +1,210 @@
+"""Decides where everything goes: `plan_load` turns a machine and a capture kernel into a `LoadPlan`.
+
+The two placements of the 2005 mail are two small functions here, each a table of moves and the memory that table leaves to K2.
+All that follows from a table (the vmcore's header, the pictures, the verdict) asks the table and knows no placement.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from crashkernel.errors import PlanError
+from crashkernel.formats.fdt import DeviceTree
+from crashkernel.machine import HEAD_SIZE, Machine
+from crashkernel.memory import Range, RangeSet, align_up, format_size
+from crashkernel.placement.moves import Copy, Exchange, Move, Put
+from crashkernel.placement.plan import LoadPlan, PlacementName, Segment, SegmentContent, check_plan, keep
+
+if TYPE_CHECKING:
+    from crashkernel.placement.image import KernelImage
+
+PAGE = 0x10000
+"""Everything is placed in whole 64 KiB pages: the largest base page of any ppc64 kernel, K1 or K2."""
+
+PURGATORY_SIZE = PAGE
+_MIB = 1 << 20
+
+LINEAR_MAP_BLOCK = {"radix": 2 * _MIB, "hash": 16 * _MIB}
+"""K2's memory comes in blocks of the page size K2 may map it with, in bytes.
+
+Hash: htab_bolt_mapping (arch/powerpc/mm/book3s64/hash_utils.c) maps only whole linear pages, up to 16 MiB, and leaves the
+ragged ends of a range unmapped though the allocator hands them out. Radix maps ragged ends with small pages, whose page
+tables it must find inside the same range (early_alloc_pgtable). A range that K2's image fills to its ragged end stops
+K2 before its first line of output: seen with Debian 6.1, with 64 KiB at 0 and the backup right behind the image.
+"""
+
+EARLY_ALLOCATIONS = 2 * _MIB
+"""Free memory K2 needs right behind its image at zero: radix takes the page tables of a range from inside it."""
+
+
+def plan_load(
+    machine: Machine,
+    image: KernelImage,
+    initrd_size: int,
+    cmdline: str,
+    placement: PlacementName,
+    *,
+    place_initrd: bool = True,
+) -> LoadPlan:
+    """The complete plan for one machine, capture kernel and placement.
+
+    `initrd_size` is in bytes; `cmdline` is K2's, without `elfcorehdr=`, which is added here.
+    :raise PlanError: no region is reserved, or K2 does not fit into it; says by how much, and what to change.
+    """
+    region = machine.reserved
+    if region is None:
+        raise PlanError(
+            "no memory is reserved for a capture kernel",
+            hint="boot with crashkernel=512M on the kernel command line (check /sys/kernel/kexec_crash_size)",
+        )
+    table = (_zero if placement == "zero" else _reserved)(machine, image, region)
+    firmware = RangeSet(region.range.align_outward(PAGE) for region in machine.firmware)
+    room = _Room(
+        (RangeSet([region]) & RangeSet([machine.real_mode]) & table.k2_memory)
+        - firmware
+        - RangeSet(segment.range for segment in table.segments)
+        - RangeSet([table.low_block]),
+        machine,
+    )
+    tree_size = len(DeviceTree(machine.device_tree, (), 0).to_bytes())
+    core_entries = 8 + len(machine.cpus) + 2 * len(machine.memory) + 4 * len(table.moves)
+    wanted: list[tuple[SegmentContent, int]] = [
+        ("purgatory", PURGATORY_SIZE),
+        ("elfcorehdr", 64 + 56 * core_entries),
+        ("fdt", tree_size + 64 * 1024),  # the properties added for K2, its command line and reserve map
+    ]
+    if initrd_size:
+        wanted.append(("initrd", initrd_size))
+    segments = (*table.segments, *(Segment(content, room.take(content, size)) for content, size in wanted))
+    kept = keep(machine.memory, region, segments, table.moves, table.k2_memory - firmware)
+    elfcorehdr = next(segment.range.start for segment in segments if segment.content == "elfcorehdr")
+    opal = machine.device_tree.child("ibm,opal")
+    online = sum(cpu.online for cpu in machine.cpus)
+    plan = LoadPlan(
+        placement=placement,
+        kernel=image.release,
+        kernel_span=image.span,
+        cmdline=f"{cmdline} elfcorehdr={elfcorehdr >> 10}K".strip(),
+        machine=f"{machine.platform} {machine.mmu}, {machine.model}",
+        memory=machine.memory,
+        reserved=region,
+        firmware=machine.firmware,
+        k1_layout=machine.k1_layout,
+        segments=segments,
+        moves=table.moves,
+        entry=table.entry,
+        opal=(opal.u64("opal-base-address"), opal.u64("opal-entry-address")) if opal is not None else (0, 0),
+        k2_memory=table.k2_memory - firmware,
+        k2_mapped=table.k2_memory | _mappable(machine),
+        kept=kept,
+        notes=tuple(note for note in (machine.vmcoreinfo, *(cpu.note for cpu in machine.cpus)) if note is not None),
+        # pnv_kexec_cpu_down (arch/powerpc/platforms/powernv/setup.c) hands the other CPUs back to OPAL: none comes
+        slaves=0 if machine.platform == "powernv" else online - 1,
+        # as long as K1 itself grants its CPUs to answer the crash IPI (IPI_TIMEOUT, arch/powerpc/kexec/crash.c)
+        slave_timeout=10 * machine.timebase_hz,
+        partition=machine.platform == "pseries",
+    )
+    check_plan(plan, PlanError)
+    return plan
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """What a placement decides. `low_block` is the memory at 0 that K2 owns afterwards."""
+
+    segments: tuple[Segment, ...]
+    moves: tuple[Move, ...]
+    entry: int
+    low_block: Range
+    k2_memory: RangeSet
+
+
+class _Room:
+    """Hands out pages of the reserved region, lowest first."""
+
+    def __init__(self, free: RangeSet, machine: Machine) -> None:
+        self._free = free
+        self._machine = machine
+
+    def take(self, what: str, size: int, alignment: int = PAGE, *, at_least: int = 0) -> Range:
+        """The lowest free stretch of `size` bytes (rounded up to pages), at or above `at_least`."""
+        size = align_up(size, PAGE)
+        candidates = self._free & RangeSet([Range(at_least, 1 << 64)])
+        found = candidates.find(size, alignment)
+        if found is None:
+            largest = max((r.size for r in candidates), default=0)
+            region = self._machine.reserved
+            raise PlanError(
+                f"K2 does not fit: the {what} needs {format_size(size)} in one piece, the reserved region "
+                f"{region} has {format_size(largest)} left",
+                hint="reserve more memory: raise crashkernel= and reboot",
+            )
+        self._free -= RangeSet([found])
+        return found
+
+
+def _zero(machine: Machine, image: KernelImage, region: Range) -> _Table:
+    """K2 exchanged down to address zero.
+
+    K2 owns [0, low): its image and what its early allocator needs behind it. Where the region begins below `low`, the
+    part from there on is K2's already: only [0, region) is exchanged, and an image that reaches into the region is loaded
+    there directly.
+    """
+    block = LINEAR_MAP_BLOCK[machine.mmu]
+    low = Range(0, align_up(image.span + EARLY_ALLOCATIONS, block))
+    moving = Range(0, min(low.end, region.start))
+    for firmware in machine.firmware:
+        if firmware.range.overlaps(low):
+            raise PlanError(
+                f"{firmware.name} at {firmware.range} lies in the memory that K2 would take ({low})",
+                hint="use --placement reserved on this machine",
+            )
+    usable = RangeSet([region]) & RangeSet([machine.real_mode])
+    room = _Room(usable - RangeSet([low]) - machine.firmware_ranges, machine)
+    parked = room.take("image of the capture kernel", moving.size, block)
+    segments = [Segment("kernel", parked)]
+    if image.span > moving.end:
+        segments.append(Segment("kernel", Range(moving.end, align_up(image.span, PAGE)), origin=moving.end))
+    memory = (RangeSet([low, region]) & machine.memory) - RangeSet([parked])
+    return _Table(
+        segments=tuple(segments),
+        moves=(Put(0, HEAD_SIZE), Exchange(0, parked.start, moving.size)),
+        entry=0,
+        low_block=low,
+        k2_memory=_whole_blocks(memory, machine),
+    )
+
+
+def _reserved(machine: Machine, image: KernelImage, region: Range) -> _Table:
+    """K2 running where it was loaded.
+
+    It still needs memory at 0 for its exception vectors, so K1's bytes there are backed up first; and K1's other CPUs find
+    K2's slave entry at absolute 0x60 only if its head is copied there (K2 itself copies from 0x100 on).
+    """
+    low = Range(0, LINEAR_MAP_BLOCK[machine.mmu])
+    usable = RangeSet([region]) & RangeSet([machine.real_mode])
+    room = _Room(usable - machine.firmware_ranges, machine)
+    # The backup first: it is not K2's, and the rest of the region stays one range with free memory around the image.
+    backup = room.take("backup of K1's low memory", low.size, low.size)
+    running = room.take("image of the capture kernel", image.span, LINEAR_MAP_BLOCK["hash"])
+    return _Table(
+        segments=(Segment("kernel", running),),
+        moves=(Put(0, HEAD_SIZE), Copy(backup.start, 0, low.size), Copy(0, running.start, HEAD_SIZE)),
+        entry=running.start,
+        low_block=low,
+        k2_memory=_whole_blocks(RangeSet([low, region]) - RangeSet([backup]), machine),
+    )
+
+
+def _whole_blocks(memory: RangeSet, machine: Machine) -> RangeSet:
+    if machine.mmu == "radix":
+        return memory
+    block = LINEAR_MAP_BLOCK["hash"]
+    return RangeSet(inner for r in memory if (inner := r.align_inward(block)) is not None)
+
+
+def _mappable(machine: Machine) -> RangeSet:
+    # The firmware's memory must be mapped in K2 (opal_msglog_init reads OPAL's log through the linear map), in whole blocks.
+    block = LINEAR_MAP_BLOCK["hash"] if machine.mmu == "hash" else PAGE
+    return RangeSet(region.range.align_outward(block) for region in machine.firmware) & machine.memory

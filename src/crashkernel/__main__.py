@@ -1,0 +1,7 @@
+"""`python -m crashkernel`."""
+
+import sys
+
+from crashkernel.cli import main
+
+sys.exit(main())

@@ -1,0 +1,331 @@
+"""The emulated machine: its command line, and a running instance with its console, control port, monitor and debugger.
+
+Every socket is made here first and QEMU connects to it, so that nothing depends on who starts faster. Guest RAM is a shared
+file: the host reads the dead kernel's memory without asking anybody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import shutil
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Self, TypeVar
+
+from qemu.qmp import QMPClient, QMPError
+
+from crashkernel.drill.guest import PORT_NAME
+from crashkernel.errors import CrashkernelError, EnvironmentFault, UsageError
+from crashkernel.memory import format_size
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+_T = TypeVar("_T")
+
+QEMU = "qemu-system-ppc64"
+CONSOLE_TAIL = 40
+"""Lines of console kept for a report of failure."""
+
+MachineName = Literal["pseries", "powernv9", "powernv10"]
+MACHINES: tuple[MachineName, ...] = ("pseries", "powernv9", "powernv10")
+CPUS = ("POWER8", "POWER9", "POWER10")
+MMUS = ("radix", "hash")
+
+_MSR_IR = 0x20  # instruction relocation, Power ISA Book III 4.2.1
+
+
+@dataclass(frozen=True, slots=True)
+class Twin:
+    """The machine to emulate. `memory` is in bytes; `crashkernel` as on K1's command line."""
+
+    machine: MachineName = "pseries"
+    cpu: str = "POWER9"
+    mmu: str = "radix"
+    smp: int = 1
+    memory: int = 2 << 30
+    crashkernel: str = "512M"
+
+    def __post_init__(self) -> None:
+        if self.machine == "powernv9" and self.cpu != "POWER9":
+            raise UsageError(f"powernv9 is a POWER9 machine, not {self.cpu}", hint="leave --cpu out")
+        if self.machine == "powernv10" and self.cpu != "POWER10":
+            raise UsageError(f"powernv10 is a POWER10 machine, not {self.cpu}", hint="leave --cpu out")
+        if self.cpu == "POWER8" and self.mmu == "radix":
+            raise UsageError("POWER8 has no radix MMU", hint="add --mmu hash, or leave --mmu out")
+
+    @property
+    def title(self) -> str:
+        """One line for people."""
+        return (
+            f"{self.machine} {self.cpu} {self.mmu}, {self.smp} CPU{'s' * (self.smp > 1)}, "
+            f"{format_size(self.memory)}, crashkernel={self.crashkernel}"
+        )
+
+    @property
+    def kernel_options(self) -> str:
+        """What K1's command line needs for this machine."""
+        hash_mmu = " disable_radix" if self.mmu == "hash" and self.cpu != "POWER8" else ""
+        return f"console=hvc0 crashkernel={self.crashkernel}{hash_mmu} rdinit=/init"
+
+
+@dataclass(frozen=True, slots=True)
+class Wiring:
+    """The files and sockets of one instance, all below one directory."""
+
+    directory: Path
+
+    @property
+    def ram(self) -> Path:
+        """Guest RAM; file offset = physical address."""
+        return self.directory / "ram"
+
+    @property
+    def disk(self) -> Path:
+        """The disk K2 writes the dump to."""
+        return self.directory / "disk"
+
+    def socket(self, name: str) -> Path:
+        """One of console, control, qmp, gdb."""
+        return self.directory / f"{name}.sock"
+
+
+def qemu_command(twin: Twin, kernel: Path, initrd: Path, wiring: Wiring, *, qemu: str = QEMU) -> list[str]:
+    """QEMU's arguments for `twin`."""
+    machine: str = twin.machine
+    if machine == "pseries":
+        # The mitigations that TCG cannot emulate; a guest would only be told that it is vulnerable.
+        machine += ",cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-htm=off"
+    bus = "pci.0" if twin.machine == "pseries" else "pcie.0"
+    devices = [
+        ["-device", f"virtio-serial-pci,bus={bus}" + (",addr=3" if twin.machine == "pseries" else "")],
+        ["-device", f"virtserialport,chardev=control,name={PORT_NAME}"],
+        ["-blockdev", f"driver=file,node-name=file,filename={wiring.disk},cache.direct=off,discard=unmap"],
+        # zeros become holes: half of a fresh machine's memory is zero
+        ["-blockdev", "driver=raw,node-name=disk,file=file,detect-zeroes=unmap,discard=unmap"],
+        ["-device", f"virtio-blk-pci,drive=disk,bus={bus if twin.machine == 'pseries' else 'pcie.1'}"],
+    ]
+    sockets = [
+        argument
+        for name in ("console", "control", "qmp")
+        for argument in ("-chardev", f"socket,id={name},path={wiring.socket(name)}")
+    ]
+    return [
+        qemu,
+        "-machine", f"{machine},memory-backend=ram",
+        "-object", f"memory-backend-file,id=ram,size={twin.memory},mem-path={wiring.ram},share=on",
+        "-cpu", twin.cpu, "-smp", str(twin.smp), "-m", str(twin.memory >> 20),
+        "-accel", "tcg,thread=multi",
+        "-display", "none", "-vga", "none", "-nodefaults", "-no-reboot",
+        *sockets,
+        "-chardev", f"socket,id=gdb,path={wiring.socket('gdb')},server=on,wait=off",
+        "-gdb", "chardev:gdb",
+        "-serial", "chardev:console", "-mon", "chardev=qmp,mode=control",
+        *(argument for device in devices for argument in device),
+        "-kernel", str(kernel), "-initrd", str(initrd), "-append", twin.kernel_options,
+    ]  # fmt: skip
+
+
+class Debugger:
+    """The few words of the GDB remote protocol the drill needs: one breakpoint, go on, go away."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
+
+    async def set_breakpoint(self, address: int) -> None:
+        """A hardware breakpoint: QEMU matches it against NIP, so in real mode `address` is physical."""
+        await self._ask(f"Z1,{address:x},4")
+
+    async def clear_breakpoint(self, address: int) -> None:
+        """Take it away again."""
+        await self._ask(f"z1,{address:x},4")
+
+    async def resume(self) -> None:
+        """Let all CPUs run; does not wait."""
+        await self._send("c")
+
+    async def stopped(self) -> None:
+        """Wait until the CPUs stand still."""
+        while not (await self._packet()).startswith(("T", "S")):
+            pass
+
+    async def detach(self) -> None:
+        """Let the machine run on, undebugged."""
+        await self._ask("D")
+        self._writer.close()
+
+    async def _ask(self, command: str) -> None:
+        await self._send(command)
+        # attaching stopped the machine, and QEMU says so before it answers the first question
+        while (answer := await self._packet()).startswith("T"):
+            pass
+        if answer != "OK":
+            raise EnvironmentFault(f"QEMU's debug port answered {answer!r} to {command!r}")
+
+    async def _send(self, command: str) -> None:
+        data = command.encode()
+        self._writer.write(b"$" + data + b"#%02x" % (sum(data) & 0xFF))
+        await self._writer.drain()
+
+    async def _packet(self) -> str:
+        await self._reader.readuntil(b"$")  # acknowledgements in between are of no interest on a local socket
+        body = await self._reader.readuntil(b"#")
+        await self._reader.readexactly(2)
+        self._writer.write(b"+")
+        return body[:-1].decode("ascii", "replace")
+
+
+class Machine:
+    """A running twin. `console` holds the last lines it printed; `on_console` sees each as it comes."""
+
+    def __init__(self, process: asyncio.subprocess.Process, wiring: Wiring, log: Path) -> None:
+        self.process = process
+        self.wiring = wiring
+        self.console: deque[str] = deque(maxlen=CONSOLE_TAIL)
+        self.panics: list[str] = []
+        self.reservation = ""
+        self._log = log
+        self._control: tuple[asyncio.StreamReader, asyncio.StreamWriter]
+        self._qmp: QMPClient
+        self._reader: asyncio.Task[None]
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def start(cls, command: list[str], wiring: Wiring, deadline: float = 20) -> AsyncIterator[Self]:
+        """Run QEMU; it is gone, whatever happens, when the context ends.
+
+        :raise EnvironmentFault: QEMU is missing or does not start.
+        """
+        if shutil.which(command[0]) is None:
+            raise EnvironmentFault(f"{command[0]} is not installed", hint="apt-get install qemu-system-ppc")
+        loop = asyncio.get_running_loop()
+        connections: dict[str, asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]]] = {}
+        qmp = QMPClient("twin")
+        async with contextlib.AsyncExitStack() as stack:
+            for name in ("console", "control"):
+                connections[name] = loop.create_future()
+                server = await asyncio.start_unix_server(_accept(connections[name]), wiring.socket(name), limit=1 << 20)
+                stack.callback(server.close)
+            await qmp.start_server(str(wiring.socket("qmp")))
+            log = wiring.directory / "console.log"
+            errors = wiring.directory / "qemu.log"
+            with errors.open("wb") as sink:
+                process = await asyncio.create_subprocess_exec(
+                    # should this process be killed outright, QEMU dies with it
+                    "setpriv", "--pdeathsig", "KILL", *command, stdin=asyncio.subprocess.DEVNULL, stdout=sink, stderr=sink
+                )  # fmt: skip
+            stack.push_async_callback(_end, process)
+            machine = cls(process, wiring, log)
+            try:
+                async with asyncio.timeout(deadline):
+                    await _or_exit(qmp.accept(), process)
+                    console = await _or_exit(connections["console"], process)
+                    machine._control = await _or_exit(connections["control"], process)
+            except (TimeoutError, QMPError, _Exited) as error:
+                text = errors.read_text(errors="replace").strip()
+                raise EnvironmentFault(f"QEMU did not start: {text.splitlines()[-1] if text else error!r}") from error
+            machine._qmp = qmp
+            stack.push_async_callback(_quietly, qmp.disconnect)
+            machine._reader = asyncio.create_task(machine._read_console(console[0]))
+            stack.push_async_callback(_cancel, machine._reader)
+            yield machine
+
+    async def line(self) -> str:
+        """The next line from the guest's control port.
+
+        :raise EOFError: QEMU is gone.
+        """
+        raw = await self._control[0].readline()
+        if not raw:
+            raise EOFError("the twin is gone")
+        return raw.decode("utf-8", "replace").rstrip("\n")
+
+    async def exactly(self, size: int) -> bytes:
+        """The next `size` bytes from the control port."""
+        return await self._control[0].readexactly(size)
+
+    def say(self, word: str) -> None:
+        """A line to the guest."""
+        self._control[1].write(word.encode() + b"\n")
+
+    async def attach(self) -> Debugger:
+        """Connect the debugger, which stops the machine."""
+        reader, writer = await asyncio.open_unix_connection(self.wiring.socket("gdb"))
+        return Debugger(reader, writer)
+
+    async def in_real_mode_at(self, address: int) -> bool:
+        """Whether a stopped CPU is about to execute physical `address` with translation off."""
+        count = len(await self._command("query-cpus-fast"))
+        for cpu in range(count):
+            text = await self._command("human-monitor-command", {"command-line": "info registers", "cpu-index": cpu})
+            found = re.search(r"NIP ([0-9a-f]+).*?MSR ([0-9a-f]+)", str(text), re.DOTALL)
+            if found and int(found[1], 16) == address and not int(found[2], 16) & _MSR_IR:
+                return True
+        return False
+
+    async def quit(self) -> None:
+        """End QEMU in good order: its disks are flushed."""
+        with contextlib.suppress(QMPError):
+            await self._qmp.execute("quit")
+        await self.process.wait()
+
+    async def _command(self, name: str, arguments: dict[str, object] | None = None) -> list[object]:
+        return await self._qmp.execute(name, arguments)  # type: ignore[return-value]
+
+    async def _read_console(self, reader: asyncio.StreamReader) -> None:
+        with self._log.open("wb") as log:
+            while raw := await reader.readline():
+                log.write(raw)
+                log.flush()
+                line = raw.decode("utf-8", "replace").strip("\r\n")
+                self.console.append(line)
+                if "Kernel panic - not syncing" in line:
+                    self.panics.append(line)
+                if "for crashkernel" in line or "crashkernel reserved" in line:
+                    self.reservation = line
+
+
+class _Exited(CrashkernelError):
+    """QEMU ended while something was awaited from it."""
+
+
+async def _or_exit(awaited: Awaitable[_T], process: asyncio.subprocess.Process) -> _T:
+    task = asyncio.ensure_future(awaited)
+    gone = asyncio.ensure_future(process.wait())
+    await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+    gone.cancel()
+    if not task.done():
+        task.cancel()
+        raise _Exited(f"QEMU exited with {process.returncode}")
+    return task.result()
+
+
+def _accept(
+    future: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]],
+) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], None]:
+    def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if not future.done():
+            future.set_result((reader, writer))
+
+    return connected
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError, ConnectionError, ValueError):
+        await task
+
+
+async def _quietly(disconnect: Callable[[], object]) -> None:
+    with contextlib.suppress(QMPError, EOFError, ConnectionError):
+        await disconnect()  # type: ignore[misc]

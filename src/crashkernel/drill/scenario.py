@@ -1,0 +1,373 @@
+"""One drill: a twin boots K1, loads K2 with our loader, dies, hands over, saves its memory; and the result is judged.
+
+The order of things is `run_drill`, top to bottom. Every stage has a deadline, and nothing outlives the drill.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from crashkernel.drill.guest import NONCE_SIZE, Loader, Userland, build_capture_image, build_crash_image
+from crashkernel.drill.qemu import Machine, Twin, Wiring, qemu_command
+from crashkernel.drill.verdict import Truth, Verdict, judge
+from crashkernel.errors import EnvironmentFault, StageFailed
+from crashkernel.machine import HEAD_SIZE
+from crashkernel.memory import Range, format_size
+from crashkernel.placement.plan import LoadPlan, PlacementName
+
+if TYPE_CHECKING:
+    from crashkernel.drill.debian import Kernel
+
+CAPTURE_CMDLINE = "console=hvc0 maxcpus=1 irqpoll reset_devices rdinit=/init"
+_CRASHED_PID = 1  # the drill's init crashes K1 itself
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A part of the drill that the user waits for. `deadline` is in seconds on a slow machine."""
+
+    name: str
+    deadline: float
+    likely: str  # what to look at when it fails
+
+
+BOOT_K1 = Stage("K1 boot", 300, "does this kernel boot on this machine model and CPU? see the console")
+LOAD = Stage("load", 180, "the loader's own message says what to change")
+CRASH = Stage("crash", 120, "K1 did not reach the purgatory: did the panic take another path (fadump, panic_timeout)?")
+TRUTH = Stage("truth", 120, "the host could not copy the twin's memory: is there room for it?")
+HANDOVER = Stage("handover", 120, "the purgatory did not reach K2's first instruction")
+BOOT_K2 = Stage("K2 boot", 30, "K2 started but did not come up: too little memory in crashkernel=, or a wrong device tree")
+CAPTURE = Stage("capture", 900, "K2 could not save /proc/vmcore to its disk")
+VERIFY = Stage("verify", 600, "")
+STAGES = (BOOT_K1, LOAD, CRASH, TRUTH, HANDOVER, BOOT_K2, CAPTURE, VERIFY)
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """What to drill. `keep` is the directory to leave dump, truth, plan and logs in; None throws them away."""
+
+    twin: Twin
+    k1: Kernel
+    k2: Kernel
+    placement: PlacementName
+    keep: Path | None = None
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a drill showed. `verdict` is None when a stage failed before there was a dump."""
+
+    scenario: Scenario
+    stages: dict[str, float] = field(default_factory=dict)  # seconds
+    verdict: Verdict | None = None
+    failure: StageFailed | None = None
+    plan: LoadPlan | None = None
+    dump: Path | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the drill proved what it is for."""
+        return self.failure is None and self.verdict is not None and self.verdict.passed
+
+
+Listener = Callable[[Stage, str], None]
+"""Told of each stage as it begins (with "") and of what happens in it."""
+
+
+class _Clock:
+    """Runs stages: each has its deadline, its time is taken, and what breaks it becomes a `StageFailed`."""
+
+    def __init__(self, outcome: Outcome, tell: Listener) -> None:
+        self._outcome = outcome
+        self._tell = tell
+
+    @contextlib.asynccontextmanager
+    async def stage(self, stage: Stage, machine: Machine | None = None) -> AsyncIterator[Callable[[str], None]]:
+        self._tell(stage, "")
+        start = time.monotonic()
+        try:
+            async with asyncio.timeout(stage.deadline):
+                yield lambda text: self._tell(stage, text)
+        except TimeoutError as error:
+            raise self._failed(stage, f"not done after {stage.deadline:.0f} s", machine) from error
+        except EOFError as error:
+            # the console's last words may still be on their way
+            await asyncio.sleep(0.2)
+            raise self._failed(stage, "the twin ended", machine) from error
+        except _GuestSaidNo as error:
+            await asyncio.sleep(0.2)
+            raise self._failed(stage, error.reason, machine) from error
+        finally:
+            self._outcome.stages[stage.name] = round(time.monotonic() - start, 3)
+
+    def _failed(self, stage: Stage, message: str, machine: Machine | None) -> StageFailed:
+        console = tuple(machine.console) if machine else ()
+        return StageFailed(stage.name, message, console=console, hint=_likely(stage, console))
+
+
+class _GuestSaidNo(Exception):
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def run_drill(scenario: Scenario, userland: Userland, tell: Listener) -> Outcome:
+    """Drill once. A stage that fails is in the outcome, not raised.
+
+    :raise EnvironmentFault: this machine lacks something, or has no room.
+    """
+    outcome = Outcome(scenario)
+    with working_directory(scenario.twin.memory) as directory:
+        try:
+            asyncio.run(_drill(scenario, userland, Wiring(directory), outcome, tell))
+        except StageFailed as failure:
+            outcome.failure = failure
+        finally:
+            if scenario.keep is not None:
+                _keep(directory, scenario.keep, outcome)
+    return outcome
+
+
+async def _drill(scenario: Scenario, userland: Userland, wiring: Wiring, outcome: Outcome, tell: Listener) -> None:
+    clock = _Clock(outcome, tell)
+    nonce = secrets.token_bytes(NONCE_SIZE)
+    initrd = _build(scenario, userland, wiring, nonce, "crashkernel")
+    command = qemu_command(scenario.twin, scenario.k1.vmlinux, initrd, wiring)
+    async with Machine.start(command, wiring) as machine:
+        async with clock.stage(BOOT_K1, machine):
+            await _expect(machine, "k1-up")
+        async with clock.stage(LOAD, machine) as note:
+            size = int(await _expect(machine, "plan", log=note))
+            text = (await machine.exactly(size)).decode()
+            (wiring.directory / "plan.json").write_text(text)
+            outcome.plan = plan = LoadPlan.from_json(text)
+            await _expect(machine, "armed", log=note)
+        purgatory = plan.segment("purgatory").range.start
+        debugger = await machine.attach()
+        head = _read_ram(wiring.ram, HEAD_SIZE)
+        async with clock.stage(CRASH, machine):
+            machine.say("crash")
+            await _run_until(machine, debugger, purgatory)
+        async with clock.stage(TRUTH, machine):
+            truth_file = wiring.directory / "truth"
+            await asyncio.to_thread(_copy_sparse, wiring.ram, truth_file)
+        async with clock.stage(HANDOVER, machine):
+            await _run_until(machine, debugger, plan.entry)
+            await debugger.detach()
+        async with clock.stage(BOOT_K2, machine):
+            await _expect(machine, "k2-up")
+        async with clock.stage(CAPTURE, machine) as note:
+            size = int(await _expect(machine, "vmcore"))
+            await _expect(machine, "saved", log=note, progress=lambda done: note(f"{format_size(done)} of {format_size(size)}"))
+            await machine.quit()
+        truth = Truth(
+            memory=truth_file,
+            head=head,
+            memory_size=scenario.twin.memory,
+            reserved=_announced(machine.reservation),
+            nonce=nonce,
+            panic=_panic_text(machine.panics),
+            release=scenario.k1.name,
+            crashed_pid=_CRASHED_PID,
+        )
+        (wiring.directory / "head").write_bytes(head)
+    async with clock.stage(VERIFY):
+        os.truncate(wiring.disk, size)
+        outcome.verdict = await asyncio.to_thread(judge, wiring.disk, truth, plan)
+
+
+def run_bare(twin: Twin, k1: Kernel, userland: Userland, tell: Listener) -> Outcome:
+    """The peer's twin: boot, load with kexec-tools, crash, boot K2; no truth, no capture, no verdict. For `make bench`."""
+    outcome = Outcome(Scenario(twin, k1, k1, "reserved"))
+    with working_directory(twin.memory) as directory:
+        try:
+            asyncio.run(_bare(outcome.scenario, userland, Wiring(directory), outcome, tell))
+        except StageFailed as failure:
+            outcome.failure = failure
+    return outcome
+
+
+async def _bare(scenario: Scenario, userland: Userland, wiring: Wiring, outcome: Outcome, tell: Listener) -> None:
+    clock = _Clock(outcome, tell)
+    initrd = _build(scenario, userland, wiring, bytes(NONCE_SIZE), "kexec-tools")
+    command = qemu_command(scenario.twin, scenario.k1.vmlinux, initrd, wiring)
+    async with Machine.start(command, wiring) as machine:
+        async with clock.stage(BOOT_K1, machine):
+            await _expect(machine, "k1-up")
+        async with clock.stage(LOAD, machine) as note:
+            await _expect(machine, "armed", log=note)
+        async with clock.stage(BOOT_K2, machine):  # kexec-tools' purgatory and its integrity check included
+            machine.say("crash")
+            await _expect(machine, "k2-up")
+            await machine.quit()
+
+
+def _build(scenario: Scenario, userland: Userland, wiring: Wiring, nonce: bytes, loader: Loader) -> Path:
+    directory = wiring.directory
+    capture = build_capture_image(scenario.k2, userland, directory / "capture.cpio")
+    append = CAPTURE_CMDLINE + (" crashkernel.mode=bare" if loader == "kexec-tools" else "")
+    crash = build_crash_image(
+        scenario.k1,
+        scenario.k2,
+        capture,
+        userland,
+        directory / "crash.cpio",
+        nonce=nonce,
+        loader=loader,
+        load_args=(
+            f"--placement={scenario.placement}",
+            "--kernel=/boot/vmlinux",
+            "--initrd=/boot/initrd",
+            f"--append={CAPTURE_CMDLINE}",
+        ),
+        append=append,
+    )
+    # all of memory, headers, and the padding of the last block
+    with wiring.disk.open("wb") as disk:
+        disk.truncate(scenario.twin.memory + (64 << 20))
+    return crash
+
+
+async def _expect(
+    machine: Machine,
+    word: str,
+    *,
+    log: Callable[[str], None] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> str:
+    """Wait for the guest's message `word`; its argument. What the loader prints on the way goes to `log`."""
+    last = ""
+    while True:
+        line = await machine.line()
+        kind, _, rest = line.partition(" ")
+        if kind == word:
+            return rest.split(" ")[0]
+        if kind == "failed":
+            raise _GuestSaidNo(last or f"the guest says: {rest}")
+        if kind == "log":
+            last = rest.removeprefix("crashkernel: ")
+            if log:
+                log(rest)
+        if kind == "progress" and progress:
+            progress(int(rest))
+
+
+async def _run_until(machine: Machine, debugger: object, address: int) -> None:
+    """Run to physical `address` in real mode; a user program of K1 may well use the same number as a virtual address."""
+    from crashkernel.drill.qemu import Debugger  # noqa: PLC0415
+
+    assert isinstance(debugger, Debugger)
+    await debugger.set_breakpoint(address)
+    while True:
+        await debugger.resume()
+        await debugger.stopped()
+        if await machine.in_real_mode_at(address):
+            await debugger.clear_breakpoint(address)
+            return
+
+
+def _read_ram(ram: Path, size: int) -> bytes:
+    with ram.open("rb") as file:
+        return file.read(size)
+
+
+def _copy_sparse(source: Path, target: Path) -> None:
+    """Copy what a file holds and leave its holes: most of a fresh machine's memory was never touched."""
+    with source.open("rb") as src, target.open("wb") as dst:
+        size = os.fstat(src.fileno()).st_size
+        dst.truncate(size)
+        for start, end in _data(src.fileno(), size):
+            at = start
+            os.lseek(dst.fileno(), start, os.SEEK_SET)
+            # six times as fast as copy_file_range between files in memory
+            while at < end:
+                at += os.sendfile(dst.fileno(), src.fileno(), at, end - at)
+
+
+def _data(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
+    at = 0
+    while at < size:
+        try:
+            start = os.lseek(descriptor, at, os.SEEK_DATA)
+        except OSError:
+            return  # ENXIO: only a hole is left
+        at = os.lseek(descriptor, start, os.SEEK_HOLE)
+        yield start, at
+
+
+def _announced(line: str) -> Range:
+    """The reserved region in the kernel's own words, up to 6.x in MiB, later in bytes.
+
+    Sources: reserve_crashkernel (arch/powerpc/kexec/core.c), reserve_crashkernel_generic (kernel/crash_reserve.c).
+    """
+    exact = re.search(r"crashkernel reserved: (0x[0-9a-f]+) - (0x[0-9a-f]+)", line)
+    if exact:
+        return Range(int(exact[1], 16), int(exact[2], 16))
+    rounded = re.search(r"Reserving (\d+)MB of memory at (\d+)MB", line)
+    if rounded:
+        return Range.sized(int(rounded[2]) << 20, int(rounded[1]) << 20)
+    raise StageFailed(
+        BOOT_K1.name,
+        "K1 announced no reserved region",
+        hint="is crashkernel= valid for this memory size? see the console",
+    )
+
+
+def _panic_text(panics: list[str]) -> str:
+    # "[    1.234567] Kernel panic - not syncing: sysrq triggered crash"
+    return panics[0][panics[0].index("Kernel panic") :] if panics else ""
+
+
+def _likely(stage: Stage, console: tuple[str, ...]) -> str:
+    text = "\n".join(console)
+    for sign, cause in (
+        ("Crash kernel can not overlap current kernel", "crashkernel=…@OFFSET lies over K1: choose a higher offset"),
+        ("Out of memory", "K2 ran out of memory: raise crashkernel="),
+        ("Failed to allocate", "K2 found no memory early in its boot: raise crashkernel="),
+        ("Unable to handle kernel", "the kernel took a fault: see the console's last lines"),
+    ):
+        if sign in text:
+            return cause
+    return stage.likely
+
+
+@contextlib.contextmanager
+def working_directory(memory: int) -> Iterator[Path]:
+    """A private directory with room for RAM, its copy and the dump: in memory if there is enough, else on disk.
+
+    :raise EnvironmentFault: nowhere is enough room.
+    """
+    wanted = 3 * memory + (512 << 20)
+    places = [Path("/dev/shm"), Path(tempfile.gettempdir())]  # noqa: S108  (a place with room, not a file name)
+    for place in places:
+        with contextlib.suppress(OSError):
+            if shutil.disk_usage(place).free > wanted and os.access(place, os.W_OK):
+                with tempfile.TemporaryDirectory(prefix="crashkernel-drill-", dir=place) as directory:
+                    yield Path(directory)
+                return
+    raise EnvironmentFault(
+        f"a drill with {format_size(memory)} needs {format_size(wanted)} of room in {' or '.join(map(str, places))}",
+        hint="free some, set TMPDIR, or use a smaller --memory",
+    )
+
+
+def _keep(directory: Path, keep: Path, outcome: Outcome) -> None:
+    keep.mkdir(parents=True, exist_ok=True)
+    names = {"disk": "vmcore", "truth": "truth", "head": "head", "plan.json": "plan.json", "console.log": "console.log"}
+    for name, kept in names.items():
+        source = directory / name
+        if source.exists():
+            _copy_sparse(source, keep / kept)
+            if name == "disk":
+                outcome.dump = keep / kept

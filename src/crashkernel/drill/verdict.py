@@ -1,0 +1,338 @@
+"""The verdict: is every byte of K1's memory in the dump, exactly once, and is it this crash's dump?
+
+Nothing here trusts the code that made the dump. What K1's memory was comes from outside (`Truth`); the plan is only asked for
+names, so that a wrong byte can be told by what lived there.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from crashkernel.errors import CrashkernelError
+from crashkernel.formats.elf import NT_PRSTATUS, ElfFile, Note, PrStatus
+from crashkernel.formats.vmcoreinfo import VmcoreInfo
+from crashkernel.machine import HEAD_SIZE
+from crashkernel.memory import Range, RangeSet
+from crashkernel.placement.moves import K1
+from crashkernel.placement.plan import LoadPlan
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_CHUNK = 8 << 20
+_BLOCK = 4096  # the granularity of wrong ranges while comparing; the ends are then narrowed to bytes
+_HEADERS = 16 << 20  # more than any vmcore's headers and notes
+_VPA_SIZE = 0x400  # and its alignment: LPPACA_SIZE, arch/powerpc/kernel/paca.c
+_VPA_EYE_CATCHER = b"\xd3\x97\xd7\x81"  # init_lppaca, arch/powerpc/kernel/paca.c
+_VPA_DISPATCH_COUNT = range(0x100, 0x104)  # struct lppaca, arch/powerpc/include/asm/lppaca.h
+_MAX_RANGES = 64  # listed one by one; the counts are always complete
+_KERNEL_BASE = 0xC000000000000000
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """What the host saw from outside.
+
+    `memory` is a copy of guest RAM (file offset = physical address) taken when the purgatory's first instruction was about
+    to run. K1 itself had overwritten its first 0x100 bytes by then: `head` is what the host read there before the crash.
+    """
+
+    memory: Path
+    head: bytes
+    memory_size: int  # bytes
+    reserved: Range  # as the kernel announced it on its console
+    nonce: bytes
+    panic: str  # the line K1 printed on its console, without the time stamp
+    release: str  # uname -r of K1
+    crashed_pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class WrongRange:
+    """Bytes of the dump that are not K1's. `range` holds K1 physical addresses; `wrong` counts bytes in it."""
+
+    range: Range
+    wrong: int
+    what: str
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Exemption:
+    """Memory that firmware below both kernels wrote after the truth was taken: reported, not counted as wrong.
+
+    There are two, and both are recognised by what they are, not by how much changed:
+
+    - OPAL's own memory on bare metal: the firmware runs, and logs, as long as the machine does;
+    - a CPU's dispatch count in its VPA: the hypervisor counts when the stopped twin goes on, before the purgatory's first
+      instruction can take the VPA from it.
+    """
+
+    range: Range
+    what: str
+    changed: int  # bytes
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What was found. It passes only if nothing at all is wrong."""
+
+    k1_bytes: int = 0
+    bytes_compared: int = 0
+    bytes_wrong: int = 0
+    bytes_missing: int = 0
+    wrong_ranges: list[WrongRange] = field(default_factory=list)
+    exempt: list[Exemption] = field(default_factory=list)
+    first_256_bytes_ok: bool = False
+    nonce_found: bool = False
+    panic_found: bool = False
+    registers_ok: bool = False
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """PASS only on positive evidence: everything compared, all marks of this crash found, no problem."""
+        return (
+            not self.problems
+            and self.k1_bytes > 0
+            and self.bytes_compared == self.k1_bytes
+            and self.bytes_wrong == self.bytes_missing == 0
+            and self.first_256_bytes_ok
+            and self.nonce_found
+            and self.panic_found
+            and self.registers_ok
+        )
+
+
+def judge(dump: Path, truth: Truth, plan: LoadPlan) -> Verdict:
+    """Hold a dump against the truth. Never raises for a bad dump: what is wrong with it is in the verdict."""
+    verdict = Verdict()
+    k1 = RangeSet([Range(0, truth.memory_size)]) - RangeSet([truth.reserved])
+    verdict.k1_bytes = k1.total
+    if plan.reserved != truth.reserved:
+        verdict.problems.append(f"the plan's reserved region {plan.reserved} is not the kernel's {truth.reserved}")
+    with dump.open("rb") as file, truth.memory.open("rb") as memory:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            head = os.pread(file.fileno(), min(size, _HEADERS), 0)
+            # a cut dump still has headers: judge what is there and count the rest as missing
+            elf = ElfFile.from_bytes(head, source=dump.name, file_size=1 << 63)
+            pieces = _pieces(elf, k1, size, verdict)
+            _compare(file.fileno(), memory.fileno(), pieces, truth, plan, verdict)
+            _marks(file.fileno(), elf, truth, verdict)
+            _registers(head, elf, truth, plan, verdict)
+        except CrashkernelError as error:
+            verdict.problems.append(error.message)
+            verdict.bytes_missing = verdict.k1_bytes - verdict.bytes_compared
+    _summarise(verdict)
+    return verdict
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """K1's bytes of `range` are said to lie at `file_offset` of the dump."""
+
+    range: Range
+    file_offset: int
+
+
+def _pieces(elf: ElfFile, k1: RangeSet, size: int, verdict: Verdict) -> list[_Piece]:
+    """The PT_LOADs as pieces of K1's memory, each byte once; anything else goes to the verdict."""
+    pieces = []
+    covered = RangeSet([])
+    for segment in sorted(elf.loads, key=lambda s: s.paddr):
+        if segment.file_size != segment.memory_size:
+            verdict.problems.append(f"PT_LOAD at {segment.paddr:#x}: {segment.file_size:#x} bytes of {segment.memory_size:#x}")
+        if not segment.file_size:
+            continue
+        whole = Range.sized(segment.paddr, segment.file_size)
+        if segment.vaddr != _KERNEL_BASE + segment.paddr:
+            verdict.problems.append(f"PT_LOAD {whole} has virtual address {segment.vaddr:#x}")
+        if covered.overlaps(whole):
+            verdict.problems.append(f"PT_LOADs cover {' '.join(str(r) for r in covered & RangeSet([whole]))} more than once")
+        foreign = RangeSet([whole]) - k1
+        if foreign:
+            verdict.problems.append(f"PT_LOADs cover what is no memory of K1's: {foreign}")
+        for part in (RangeSet([whole]) & k1) - covered:
+            at = segment.file_offset + part.start - whole.start
+            present = min(part.size, max(0, size - at))
+            if present < part.size:
+                verdict.problems.append(f"the dump ends at {size:#x}, inside or before K1's {part}")
+            if present:
+                pieces.append(_Piece(Range.sized(part.start, present), at))
+        covered |= RangeSet([whole])
+    uncovered = k1 - covered
+    if uncovered:
+        verdict.problems.append(f"no PT_LOAD covers K1's {uncovered}")
+    verdict.bytes_missing = verdict.k1_bytes - sum(piece.range.size for piece in pieces)
+    return pieces
+
+
+def _compare(dump: int, memory: int, pieces: list[_Piece], truth: Truth, plan: LoadPlan, verdict: Verdict) -> None:
+    exempt = {region.name: region.range for region in plan.firmware if region.name == "OPAL"}
+    changed = dict.fromkeys(exempt, 0)
+    wrong_blocks: list[_Wrong] = []
+    ours, theirs = bytearray(_CHUNK), bytearray(_CHUNK)
+    for piece in pieces:
+        for start in range(piece.range.start, piece.range.end, _CHUNK):
+            size = min(_CHUNK, piece.range.end - start)
+            at = piece.file_offset + start - piece.range.start
+            _read(dump, ours, size, at)
+            _read(memory, theirs, size, start)
+            if start < HEAD_SIZE:
+                theirs[: HEAD_SIZE - start] = truth.head[start:]
+                verdict.first_256_bytes_ok = start == 0 and ours[:HEAD_SIZE] == truth.head
+            verdict.bytes_compared += size
+            if ours[:size] == theirs[:size] if size < _CHUNK else ours == theirs:
+                continue
+            for block in _wrong_blocks(ours, theirs, size, start):
+                name = next((name for name, region in exempt.items() if region.contains(block.range)), None)
+                if name is None:
+                    wrong_blocks += _without_dispatch_counts(block, verdict)
+                else:
+                    changed[name] += block.wrong
+    verdict.exempt += [Exemption(region, name, changed[name]) for name, region in exempt.items()]
+    verdict.bytes_wrong = sum(block.wrong for block in wrong_blocks)
+    verdict.wrong_ranges = _describe(wrong_blocks, plan)
+
+
+@dataclass(frozen=True, slots=True)
+class _Wrong:
+    """A block of `_BLOCK` bytes with differences; `range` is from its first to its last wrong byte."""
+
+    start: int
+    dumped: bytes
+    true: bytes
+    places: tuple[int, ...]  # offsets of the wrong bytes
+
+    @property
+    def range(self) -> Range:
+        return Range(self.start + self.places[0], self.start + self.places[-1] + 1)
+
+    @property
+    def wrong(self) -> int:
+        return len(self.places)
+
+
+def _without_dispatch_counts(block: _Wrong, verdict: Verdict) -> list[_Wrong]:
+    """Move what the hypervisor counted in a VPA from the wrong bytes to the exemptions."""
+    places = set(block.places)
+    for vpa in range(0, len(block.true), _VPA_SIZE):
+        if block.true[vpa : vpa + 4] != _VPA_EYE_CATCHER:
+            continue
+        field_bytes = slice(vpa + _VPA_DISPATCH_COUNT.start, vpa + _VPA_DISPATCH_COUNT.stop)
+        before, after = (int.from_bytes(data[field_bytes], "big") for data in (block.true, block.dumped))
+        counted = places & {vpa + offset for offset in _VPA_DISPATCH_COUNT}
+        if counted and after > before:
+            places -= counted
+            where = Range.sized(block.start + field_bytes.start, len(_VPA_DISPATCH_COUNT))
+            verdict.exempt.append(Exemption(where, f"VPA dispatch count, {before} to {after}", len(counted)))
+    return [_Wrong(block.start, block.dumped, block.true, tuple(sorted(places)))] if places else []
+
+
+def _read(descriptor: int, buffer: bytearray, size: int, offset: int) -> None:
+    view = memoryview(buffer)[:size]
+    while view:
+        count = os.preadv(descriptor, [view], offset)
+        if count == 0:
+            view[:] = bytes(len(view))  # beyond the end of the RAM copy: never written, so zero
+            return
+        view, offset = view[count:], offset + count
+
+
+def _wrong_blocks(ours: bytearray, theirs: bytearray, size: int, start: int) -> Iterator[_Wrong]:
+    a, b = np.frombuffer(ours, np.uint8, size), np.frombuffer(theirs, np.uint8, size)
+    for number in np.unique(np.flatnonzero(a != b) // _BLOCK):
+        at = int(number) * _BLOCK
+        mine, true = a[at : at + _BLOCK], b[at : at + _BLOCK]
+        yield _Wrong(start + at, mine.tobytes(), true.tobytes(), tuple(np.flatnonzero(mine != true).tolist()))
+
+
+def _describe(blocks: list[_Wrong], plan: LoadPlan) -> list[WrongRange]:
+    """Neighbouring blocks as one range each, with what lives there and what seems to have happened."""
+    # the same bytes elsewhere among the wrong blocks: pages that changed places
+    true_home = {block.true: block.start for block in blocks if any(block.true)}
+    merged: list[tuple[Range, int, str, str]] = []
+    for block in blocks:
+        what = describe_place(block.range.start, plan)
+        note = ""
+        home = true_home.get(block.dumped)
+        if home is not None:
+            note = f"holds what belongs at {home:#x}"
+        elif not any(block.dumped):
+            note = "zeros"
+        if merged:
+            previous, wrong, previous_what, previous_note = merged[-1]
+            if block.range.start - previous.end < _BLOCK and (what, note) == (previous_what, previous_note):
+                merged[-1] = (Range(previous.start, block.range.end), wrong + block.wrong, what, note)
+                continue
+        merged.append((block.range, block.wrong, what, note))
+    return [WrongRange(*item) for item in merged]
+
+
+def describe_place(paddr: int, plan: LoadPlan) -> str:
+    """What lives at a physical address of K1, in the words of a report."""
+    parts = []
+    if paddr < HEAD_SIZE:
+        parts.append("K1's first 0x100 bytes")
+    parts += [region.name for region in (*plan.firmware, *plan.k1_layout) if paddr in region.range]
+    if any(paddr in note for note in plan.notes):
+        parts.append("crash notes")
+    for kept in plan.kept:
+        if paddr in kept.range and kept.location != kept.range.start:
+            parts.append(f"moved to {kept.location + paddr - kept.range.start:#x}")
+    return ", ".join(parts) or f"{K1} memory"
+
+
+def _marks(dump: int, elf: ElfFile, truth: Truth, verdict: Verdict) -> None:
+    """Look for the nonce and for the panic line, which only this crash's memory holds."""
+    size = os.fstat(dump).st_size
+    if size == 0:
+        return
+    with mmap.mmap(dump, size, prot=mmap.PROT_READ) as data:
+        verdict.nonce_found = data.find(truth.nonce) >= 0
+        verdict.panic_found = bool(truth.panic) and data.find(truth.panic.encode()) >= 0
+    if not verdict.nonce_found:
+        verdict.problems.append("this run's nonce is not in the dump: it is another crash's dump, or memory is lost")
+    if not verdict.panic_found:
+        verdict.problems.append(f"this crash's panic message is not in the dump: {truth.panic!r}")
+
+
+def _registers(head: bytes, elf: ElfFile, truth: Truth, plan: LoadPlan, verdict: Verdict) -> None:
+    """The ELF notes: VMCOREINFO of this kernel, and the registers of the task that crashed."""
+    problems = []
+    notes: list[Note] = list(elf.notes(head))
+    info = next((note for note in notes if note.name == "VMCOREINFO"), None)
+    if info is None:
+        problems.append("no VMCOREINFO note")
+    else:
+        release = VmcoreInfo.from_bytes(info.desc).release
+        if release != truth.release:
+            problems.append(f"VMCOREINFO is of kernel {release}, K1 was {truth.release}")
+    tasks = [PrStatus.from_bytes(note.desc, elf.byteorder) for note in notes if note.type == NT_PRSTATUS]
+    text = next((region.range for region in plan.k1_layout if region.name == "K1 text"), None)
+    if not tasks:
+        problems.append("no registers: the dump has no NT_PRSTATUS note")
+    elif not any(
+        task.pid == truth.crashed_pid and (text is None or task.registers["nip"] - _KERNEL_BASE in text) for task in tasks
+    ):
+        problems.append(f"no CPU's registers belong to the task that crashed (pid {truth.crashed_pid})")
+    verdict.registers_ok = not problems
+    verdict.problems += problems
+
+
+def _summarise(verdict: Verdict) -> None:
+    if verdict.bytes_wrong:
+        count = len(verdict.wrong_ranges)
+        verdict.problems.append(f"{verdict.bytes_wrong} bytes are wrong, in {count} range{'s' * (count != 1)}")
+        verdict.wrong_ranges = verdict.wrong_ranges[:_MAX_RANGES]
+    if verdict.bytes_missing and not any("ends at" in p or "covers K1" in p for p in verdict.problems):
+        verdict.problems.append(f"{verdict.bytes_missing} bytes are missing")
+    if not verdict.first_256_bytes_ok:
+        verdict.problems.append("K1's first 0x100 bytes are not what they were before the crash")

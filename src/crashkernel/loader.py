@@ -1,0 +1,230 @@
+"""Executes a `LoadPlan` on the running kernel: builds the segments' bytes and hands them to `kexec_load(2)`.
+
+The same code runs on a host and in the drill's K1. Standard library only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from crashkernel.errors import FormatError, LoadRefused, PlanError
+from crashkernel.formats.elf import EM_PPC64, CoreLoad, build_core_header
+from crashkernel.machine.live import PAGE_OFFSET
+from crashkernel.placement.plan import LoadPlan, Segment
+from crashkernel.placement.tree import capture_tree
+from crashkernel.purgatory import purgatory_bytes
+
+if TYPE_CHECKING:
+    from crashkernel.machine import Machine
+    from crashkernel.placement.image import KernelImage
+
+_SYS_KEXEC_LOAD = 268  # arch/powerpc/kernel/syscalls/syscall.tbl
+_KEXEC_ON_CRASH = 1  # include/uapi/linux/kexec.h
+_KEXEC_ARCH_PPC64 = EM_PPC64 << 16
+
+STATE = Path("run/crashkernel/plan.json")
+"""Where the plan of what is loaded is kept, below the root directory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """A segment and the bytes that go to its start; the kernel zeroes the rest."""
+
+    segment: Segment
+    data: bytes
+
+
+def assemble(plan: LoadPlan, machine: Machine, image: KernelImage, initrd: bytes) -> tuple[Payload, ...]:
+    """The bytes of every segment of `plan`.
+
+    :raise PlanError: something outgrew the room the plan gave it.
+    """
+    in_place = plan.placement == "reserved"
+    kernel = image.bytes_to_load(in_place=in_place)
+    payloads = []
+    for segment in plan.segments:
+        size = segment.range.size
+        match segment.content:
+            case "kernel":
+                data = kernel[segment.origin : segment.origin + size]
+            case "initrd":
+                data = initrd
+            case "fdt":
+                data = capture_tree(machine, plan, len(initrd)).to_bytes()
+            case "elfcorehdr":
+                data = core_header(plan, machine)
+            case "purgatory":
+                data = purgatory_bytes(plan, machine.head)
+        if len(data) > size:
+            raise PlanError(f"the {segment.content} is {len(data)} bytes, its segment holds {size}")
+        payloads.append(Payload(segment, data))
+    return tuple(payloads)
+
+
+def core_header(plan: LoadPlan, machine: Machine) -> bytes:
+    """The elfcorehdr: one PT_LOAD per stretch of K1's memory, whose offset is where the bytes lie at capture time."""
+    return build_core_header(
+        machine.byteorder,
+        EM_PPC64,
+        [(plan.locate(note), note.size) for note in plan.notes],
+        [CoreLoad(k.range.start, k.range.size, k.location, PAGE_OFFSET + k.range.start) for k in plan.kept],
+    )
+
+
+class _KexecSegment(ctypes.Structure):
+    _fields_ = (
+        ("buf", ctypes.c_void_p),
+        ("bufsz", ctypes.c_size_t),
+        ("mem", ctypes.c_void_p),
+        ("memsz", ctypes.c_size_t),
+    )
+
+
+def load(plan: LoadPlan, payloads: tuple[Payload, ...], root: Path = Path("/")) -> None:
+    """Load into the running kernel, replacing what was loaded before, and remember the plan for `status`.
+
+    :raise LoadRefused: the kernel's refusal, translated.
+    """
+    segments = (_KexecSegment * len(payloads))()
+    buffers = []  # keeps the bytes alive during the call
+    for slot, payload in zip(segments, payloads, strict=True):
+        buffer = ctypes.c_char_p(payload.data)
+        buffers.append(buffer)
+        slot.buf = ctypes.cast(buffer, ctypes.c_void_p)
+        slot.bufsz = len(payload.data)
+        slot.mem = payload.segment.range.start
+        slot.memsz = payload.segment.range.size
+    _kexec_load(plan.segment("purgatory").range.start, segments, plan)
+    _remember(root / STATE, plan.to_json())
+
+
+def unload(root: Path = Path("/")) -> bool:
+    """Take the capture kernel out again. False when none was loaded.
+
+    :raise LoadRefused: the kernel's refusal, translated.
+    """
+    was_loaded = status(root).loaded
+    _kexec_load(0, (_KexecSegment * 0)(), None)
+    (root / STATE).unlink(missing_ok=True)
+    return was_loaded
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What the running kernel says of its capture kernel. `plan` is ours, None if another loader was at work."""
+
+    loaded: bool
+    reserved_size: int  # bytes
+    plan: LoadPlan | None
+
+
+def status(root: Path = Path("/")) -> Status:
+    """Ask `/sys/kernel/kexec_crash_loaded` and `kexec_crash_size` (kernel/ksysfs.c).
+
+    :raise LoadRefused: this kernel has no kexec.
+    """
+    sys_kernel = root / "sys/kernel"
+    try:
+        loaded = (sys_kernel / "kexec_crash_loaded").read_text().strip() == "1"
+        size = int((sys_kernel / "kexec_crash_size").read_text())
+    except OSError as error:
+        raise LoadRefused(
+            "this kernel has no kexec", errno=errno.ENOSYS, hint="boot one with CONFIG_KEXEC=y and CONFIG_CRASH_DUMP=y"
+        ) from error
+    plan = None
+    if loaded:
+        try:
+            plan = LoadPlan.from_json((root / STATE).read_text(), source=str(root / STATE))
+        except (OSError, FormatError):
+            plan = None  # loaded by somebody else, or before our record was lost
+    return Status(loaded, size, plan)
+
+
+def _kexec_load(entry: int, segments: ctypes.Array[_KexecSegment], plan: LoadPlan | None) -> None:
+    if platform.machine() not in ("ppc64le", "ppc64"):
+        raise LoadRefused(
+            f"this is a {platform.machine()} kernel: it cannot take a POWER capture kernel",
+            hint="use `crashkernel plan` or `crashkernel drill` here, `load` on the POWER host",
+        )
+    libc = ctypes.CDLL(None, use_errno=True)
+    result = libc.syscall(
+        ctypes.c_long(_SYS_KEXEC_LOAD),
+        ctypes.c_ulong(entry),
+        ctypes.c_ulong(len(segments)),
+        ctypes.byref(segments),
+        ctypes.c_ulong(_KEXEC_ON_CRASH | _KEXEC_ARCH_PPC64),
+    )
+    if result != 0:
+        raise refusal(ctypes.get_errno(), plan, _lockdown())
+
+
+def refusal(code: int, plan: LoadPlan | None, lockdown: str) -> LoadRefused:
+    """The kernel's answer to `kexec_load` as a line that says what to change (kernel/kexec.c, kernel/kexec_core.c).
+
+    `lockdown` is the active lockdown mode, "" or "none" when there is none.
+    """
+    region = f" {plan.reserved}" if plan else ""
+    message, hint = {
+        errno.EADDRNOTAVAIL: (
+            f"the kernel says the plan leaves its reserved region{region}",
+            "the region was shrunk or is not reserved: compare /sys/kernel/kexec_crash_size and /proc/iomem, then plan anew",
+        ),
+        errno.ETXTBSY: (
+            f"the reserved region{region} overlaps the running kernel",
+            "move it: boot with crashkernel=SIZE@OFFSET above the kernel's end, or without @OFFSET",
+        ),
+        errno.EBUSY: (
+            "another kexec load or a crash is in progress",
+            "wait for it, then try again; stop other kdump services",
+        ),
+        errno.EPERM: (
+            (
+                f"kernel lockdown ({lockdown}) forbids kexec_load",
+                "a signed kernel and kexec_file_load are needed under Secure Boot",
+            )
+            if lockdown not in ("", "none")
+            else ("kexec_load is not permitted", "run as root, and see that kernel.kexec_load_disabled is 0")
+        ),
+        errno.ENOMEM: ("the kernel has no memory left for the load", "free some memory and try again"),
+        errno.ENOSYS: ("this kernel has no kexec_load", "boot one with CONFIG_KEXEC=y"),
+        errno.EINVAL: (
+            "the kernel calls the load invalid: overlapping or unaligned segments",
+            "this is a bug of ours: report it with the output of `crashkernel plan --json`",
+        ),
+    }.get(code, (f"kexec_load failed: {os.strerror(code)}", "see the kernel's log: dmesg | tail"))
+    return LoadRefused(message, errno=code, hint=hint)
+
+
+def _lockdown() -> str:
+    # security/lockdown/lockdown.c: "none [integrity] confidentiality", the active one in brackets
+    try:
+        modes = Path("/sys/kernel/security/lockdown").read_text().split()
+    except OSError:
+        return ""
+    return next((mode.strip("[]") for mode in modes if mode.startswith("[")), "")
+
+
+def _remember(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".new")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def status_json(now: Status) -> str:
+    """`Status` for scripts."""
+    return json.dumps(
+        {
+            "loaded": now.loaded,
+            "reserved_size": now.reserved_size,
+            "plan": json.loads(now.plan.to_json()) if now.plan else None,
+        },
+        indent=1,
+    )

@@ -1,0 +1,220 @@
+"""What a device tree says of a machine: memory, CPUs, firmware, the reserved region.
+
+Works on the tree of a live host and on a captured blob alike. Sources: Devicetree Specification v0.4 ch. 3 (memory, cpus,
+reserved-memory), PAPR (RTAS, dynamic memory), skiboot doc/device-tree (ibm,opal), and the kernel's readers named below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from crashkernel.errors import FormatError
+from crashkernel.machine import Cpu, Lmb, Machine, Mmu, Platform, Region
+from crashkernel.memory import Range, RangeSet
+
+if TYPE_CHECKING:
+    from crashkernel.formats.fdt import Node
+
+DYNAMIC_MEMORY_NODE = "ibm,dynamic-reconfiguration-memory"
+_LMB_RESERVED = 0x80  # DRCONF_MEM_RESERVED, arch/powerpc/include/asm/drmem.h
+_LMB_ASSIGNED = 0x08  # DRCONF_MEM_ASSIGNED
+_MAX_LMBS = 1 << 20  # 256 TiB of 256 MiB blocks: more is a corrupt count, not a machine
+
+
+def machine_from_tree(root: Node, *, source: str = "device tree") -> Machine:
+    """What the tree alone can tell; a running kernel's notes, page size and layout stay unknown (0, None, empty).
+
+    :raise FormatError: the tree lacks memory or says something impossible.
+    """
+    platform: Platform = "powernv" if root.child("ibm,opal") is not None else "pseries"
+    nodes = [memory_ranges(node, root) for node in memory_nodes(root)]
+    lmbs = tuple(lmb.range for lmb in dynamic_memory(root) if lmb.usable)
+    memory = RangeSet([piece for node in nodes for piece in node] + list(lmbs))
+    if not memory:
+        raise FormatError("no /memory node describes any RAM", source=source, hint="is this the tree of a POWER machine?")
+    first = next(iter(memory))
+    everything = Range(0, list(memory)[-1].end)
+    chosen = root.child("chosen")
+    return Machine(
+        platform=platform,
+        model=_text(root, "model") or _text(root, "compatible"),
+        mmu=_mmu(root),
+        byteorder="little",
+        page_size=0,
+        memory=memory,
+        real_mode=everything if platform == "powernv" else _rma(nodes, first),
+        cpus=tuple(Cpu(number) for number, _ in enumerate(_threads(root))),
+        reserved=_reserved(chosen),
+        firmware=tuple(_firmware(root)),
+        initrd=_pair(chosen, "linux,initrd-start", "linux,initrd-end"),
+        k1_layout=(),
+        vmcoreinfo=None,
+        head=b"",
+        cmdline=_text(chosen, "bootargs") if chosen is not None else "",
+        timebase_hz=_timebase(root),
+        device_tree=root,
+    )
+
+
+def memory_nodes(root: Node) -> tuple[Node, ...]:
+    """The top level's nodes of device_type "memory" (early_init_dt_scan_memory, drivers/of/fdt.c)."""
+    return tuple(node for node in root.children if _text(node, "device_type") == "memory")
+
+
+def memory_ranges(node: Node, root: Node) -> tuple[Range, ...]:
+    """`reg` of a memory node as ranges; empty entries are dropped."""
+    return tuple(_reg(node, root))
+
+
+def dynamic_memory(root: Node) -> tuple[Lmb, ...]:
+    """The partition's logical memory blocks in the order the kernel walks them, both versions of the property.
+
+    Source: arch/powerpc/mm/drmem.c, __walk_drmem_v1_lmbs and __walk_drmem_v2_lmbs.
+    :raise FormatError: the property is shorter than its own count says.
+    """
+    node = root.child(DYNAMIC_MEMORY_NODE)
+    if node is None or "ibm,lmb-size" not in node.properties:
+        return ()
+    size = int.from_bytes(node.properties["ibm,lmb-size"], "big")
+    if size == 0:
+        return ()
+    if "ibm,dynamic-memory" in node.properties:
+        return tuple(_lmbs_v1(node.properties["ibm,dynamic-memory"], size))
+    if "ibm,dynamic-memory-v2" in node.properties:
+        return tuple(_lmbs_v2(node.properties["ibm,dynamic-memory-v2"], size))
+    return ()
+
+
+def _lmbs_v1(data: bytes, size: int) -> Iterator[Lmb]:
+    # { base 64, drc index 32, reserved 32, associativity index 32, flags 32 }
+    count = _count(data, 24, "ibm,dynamic-memory")
+    for index in range(count):
+        entry = 4 + 24 * index
+        base = int.from_bytes(data[entry : entry + 8], "big")
+        yield Lmb(Range.sized(base, size), _usable(data[entry + 20 : entry + 24]))
+
+
+def _lmbs_v2(data: bytes, size: int) -> Iterator[Lmb]:
+    # { consecutive blocks 32, base 64, drc index 32, associativity index 32, flags 32 }
+    total = 0
+    for index in range(_count(data, 24, "ibm,dynamic-memory-v2")):
+        entry = 4 + 24 * index
+        run = int.from_bytes(data[entry : entry + 4], "big")
+        base = int.from_bytes(data[entry + 4 : entry + 12], "big")
+        total += run
+        if total > _MAX_LMBS:
+            raise FormatError(f"ibm,dynamic-memory-v2 claims {total} memory blocks", source="device tree")
+        for block in range(run):
+            yield Lmb(Range.sized(base + block * size, size), _usable(data[entry + 20 : entry + 24]))
+
+
+def _count(data: bytes, entry_size: int, name: str) -> int:
+    count = int.from_bytes(data[:4], "big")
+    if len(data) < 4 or len(data) < 4 + count * entry_size:
+        raise FormatError(f"{name} says {count} entries but holds {len(data)} bytes", source="device tree")
+    return count
+
+
+def _usable(flags: bytes) -> bool:
+    value = int.from_bytes(flags, "big")
+    return bool(value & _LMB_ASSIGNED) and not value & _LMB_RESERVED
+
+
+def _rma(nodes: list[tuple[Range, ...]], first: Range) -> Range:
+    # A partition's RMA is the first entry of the memory node at 0 (PAPR; ppc64_rma_size in
+    # early_init_dt_add_memory_arch, arch/powerpc/kernel/prom.c).
+    starts = [pieces[0] for pieces in nodes if pieces and pieces[0].start == first.start]
+    return starts[0] if starts else first
+
+
+def _reserved(chosen: Node | None) -> Range | None:
+    # export_crashk_values, arch/powerpc/kexec/core.c
+    if chosen is None or "linux,crashkernel-base" not in chosen.properties:
+        return None
+    base, size = (_number(chosen, f"linux,crashkernel-{name}") for name in ("base", "size"))
+    return Range.sized(base, size) if size else None
+
+
+def _firmware(root: Node) -> Iterator[Region]:
+    rtas = root.child("rtas")
+    if rtas is not None and "linux,rtas-base" in rtas.properties:
+        size = _number(rtas, "rtas-size")
+        if size:
+            yield Region("RTAS", Range.sized(_number(rtas, "linux,rtas-base"), size))
+    opal = root.child("ibm,opal")
+    if opal is not None and "opal-base-address" in opal.properties:
+        size = _number(opal, "opal-runtime-size")
+        if size:
+            yield Region("OPAL", Range.sized(_number(opal, "opal-base-address"), size))
+    for path, node in root.walk():
+        # prom_initialize_tce_table, arch/powerpc/kernel/prom_init.c (bare metal before OPAL)
+        if "linux,tce-base" in node.properties and _number(node, "linux,tce-size"):
+            yield Region(f"TCE {path}", Range.sized(_number(node, "linux,tce-base"), _number(node, "linux,tce-size")))
+    named = root.child("reserved-memory")
+    if named is not None:
+        for node in named.children:
+            if "reg" in node.properties:
+                for piece in _reg(node, named):
+                    yield Region(node.name.split("@")[0], piece)
+    elif "reserved-ranges" in root.properties:
+        # early_reserve_mem_dt, arch/powerpc/kernel/prom.c: pairs of 64-bit base and size
+        for piece in _pairs(root.properties["reserved-ranges"], 2, 2):
+            yield Region("reserved", piece)
+
+
+def _threads(root: Node) -> Iterator[int]:
+    cpus = root.child("cpus")
+    for node in cpus.children if cpus is not None else ():
+        if _text(node, "device_type") == "cpu":
+            threads = node.properties.get("ibm,ppc-interrupt-server#s") or node.properties.get("reg", b"")
+            for at in range(0, len(threads) // 4 * 4, 4):
+                yield int.from_bytes(threads[at : at + 4], "big")
+
+
+def _timebase(root: Node) -> int:
+    # 512 MHz on every POWER server since POWER6 (Power ISA's time base is a constant of the platform)
+    cpus = root.child("cpus")
+    rates = [_number(node, "timebase-frequency") for node in (cpus.children if cpus else ())]
+    return next((rate for rate in rates if rate), 512_000_000)
+
+
+def _mmu(root: Node) -> Mmu:
+    # A tree cannot say what K1 chose; it says what the CPU can do. Radix came with ISA 3.0 (POWER9).
+    cpus = root.child("cpus")
+    radix = any("ibm,processor-radix-AP-encodings" in node.properties for node in (cpus.children if cpus else ()))
+    return "radix" if radix else "hash"
+
+
+def _text(node: Node, name: str) -> str:
+    return node.properties.get(name, b"").split(b"\0")[0].decode("ascii", "replace")
+
+
+def _number(node: Node, name: str) -> int:
+    # Linux and firmware write these as one or two cells: the length tells.
+    return int.from_bytes(node.properties.get(name, b""), "big")
+
+
+def _pair(node: Node | None, start: str, end: str) -> Range | None:
+    if node is None or start not in node.properties or end not in node.properties:
+        return None
+    first, last = _number(node, start), _number(node, end)
+    return Range(first, last) if first < last else None
+
+
+def _reg(node: Node, parent: Node) -> Iterator[Range]:
+    # Devicetree spec 2.3.5: the parent's cells rule; 2 and 1 by default, but POWER roots always say 2 and 2.
+    address_cells = _number(parent, "#address-cells") or 2
+    size_cells = _number(parent, "#size-cells") or 2
+    if not (1 <= address_cells <= 2 and 1 <= size_cells <= 2):
+        raise FormatError(f"{node.name}: #address-cells {address_cells}, #size-cells {size_cells}", source="device tree")
+    yield from _pairs(node.properties.get("reg", b""), address_cells, size_cells)
+
+
+def _pairs(data: bytes, address_cells: int, size_cells: int) -> Iterator[Range]:
+    step = 4 * (address_cells + size_cells)
+    for at in range(0, len(data) // step * step, step):
+        base = int.from_bytes(data[at : at + 4 * address_cells], "big")
+        size = int.from_bytes(data[at + 4 * address_cells : at + step], "big")
+        if size:
+            yield Range.sized(base, size)

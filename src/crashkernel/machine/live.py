@@ -1,0 +1,153 @@
+"""Reads the machine this runs on: `/proc/device-tree`, `/proc` and `/sys` of a running K1.
+
+Everything is read below a root directory, so that a saved copy of those files describes its machine just as well.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from crashkernel.errors import EnvironmentFault
+from crashkernel.formats.elf import ElfFile
+from crashkernel.formats.fdt import Node
+from crashkernel.machine import HEAD_SIZE, Cpu, Machine, Mmu, Region
+from crashkernel.machine.devicetree import machine_from_tree
+from crashkernel.memory import Range
+
+PAGE_OFFSET = 0xC000000000000000
+"""Virtual address of physical 0 in every ppc64 Linux (arch/powerpc/Kconfig, PAGE_OFFSET)."""
+
+
+def read_machine(root: Path = Path("/")) -> Machine:
+    """The machine whose `/proc` and `/sys` lie below `root`.
+
+    :raise EnvironmentFault: this is no POWER machine, or its device tree cannot be read.
+    """
+    tree = root / "proc/device-tree"
+    if not tree.is_dir():
+        raise EnvironmentFault(
+            f"{tree} is not there: this is not a POWER machine",
+            hint="run on the ppc64 host that is to be protected, or plan for it with --machine-tree FILE.dtb",
+        )
+    machine = machine_from_tree(read_tree(tree), source=str(tree))
+    sys_kernel = root / "sys/kernel"
+    return replace(
+        machine,
+        mmu=_mmu(root, machine.mmu),
+        byteorder=sys.byteorder,
+        page_size=os.sysconf("SC_PAGESIZE"),
+        cpus=_cpus(root),
+        k1_layout=_layout(root),
+        vmcoreinfo=_vmcoreinfo(sys_kernel / "vmcoreinfo"),
+        head=_head(root / "proc/kcore"),
+        cmdline=(root / "proc/cmdline").read_text().strip(),
+    )
+
+
+def read_tree(directory: Path) -> Node:
+    """A device tree from its directory form (`/proc/device-tree`): a folder per node, a file per property."""
+
+    def node(path: str, name: str) -> Node:
+        properties: dict[str, bytes] = {}
+        children: list[Node] = []
+        with os.scandir(path) as entries:
+            for entry in sorted(entries, key=lambda e: e.name):
+                if entry.is_dir(follow_symlinks=False):
+                    children.append(node(entry.path, entry.name))
+                # `name` repeats the node's name for Open Firmware's sake; a flattened tree carries it in the node
+                elif entry.name != "name" and entry.is_file(follow_symlinks=False):
+                    properties[entry.name] = Path(entry.path).read_bytes()
+        return Node(name, properties, tuple(children))
+
+    try:
+        return node(str(directory.resolve()), "")
+    except PermissionError as error:
+        raise EnvironmentFault(f"cannot read {error.filename}", hint="run as root") from error
+
+
+def _mmu(root: Path, capable: Mmu) -> Mmu:
+    # show_cpuinfo, arch/powerpc/kernel/setup-common.c → "MMU : Radix" or "Hash" on platforms that say so
+    for line in (root / "proc/cpuinfo").read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "MMU":
+            return "radix" if value.strip().lower() == "radix" else "hash"
+    return capable
+
+
+def _cpus(root: Path) -> tuple[Cpu, ...]:
+    """Every present CPU with its note buffer (drivers/base/cpu.c, crash_notes: physical address and size in bytes)."""
+    cpus = []
+    online = _online(root / "sys/devices/system/cpu/online")
+    for directory in sorted((root / "sys/devices/system/cpu").glob("cpu[0-9]*"), key=lambda path: int(path.name[3:])):
+        try:
+            paddr = int((directory / "crash_notes").read_text(), 16)
+            size = int((directory / "crash_notes_size").read_text())
+        except FileNotFoundError:
+            continue  # a kernel without CONFIG_KEXEC_CORE; planning goes on, loading will be refused by the kernel
+        number = int(directory.name[3:])
+        cpus.append(Cpu(number, Range.sized(paddr, size), number in online))
+    return tuple(cpus)
+
+
+def _online(path: Path) -> set[int]:
+    # a CPU list as in "0-3,8" (Documentation/admin-guide/cputopology.rst)
+    numbers: set[int] = set()
+    for piece in path.read_text().strip().split(","):
+        first, _, last = piece.partition("-")
+        numbers.update(range(int(first), int(last or first) + 1))
+    return numbers
+
+
+def _layout(root: Path) -> tuple[Region, ...]:
+    """K1's text, init and data from its symbols (arch/powerpc/kernel/vmlinux.lds.S); empty if kallsyms hides addresses."""
+    wanted = {"_stext", "_etext", "__init_begin", "__init_end", "_end"}
+    found: dict[str, int] = {}
+    try:
+        with (root / "proc/kallsyms").open(encoding="ascii", errors="replace") as symbols:
+            for line in symbols:
+                name = line[19:-1]  # "c000000000000000 T _stext": fixed columns, and there are 100,000 lines
+                if name in wanted:
+                    found[name] = int(line[:16], 16)
+                    if len(found) == len(wanted):
+                        break
+    except OSError:
+        return ()
+    if len(found) < len(wanted) or not found["_end"]:
+        return ()
+    text, etext, init, init_end, end = (
+        found[name] - PAGE_OFFSET for name in ("_stext", "_etext", "__init_begin", "__init_end", "_end")
+    )
+    pieces = (
+        ("K1 text", text, etext),
+        ("K1 read-only data", etext, init),
+        ("K1 freed init", init, init_end),
+        ("K1 data", init_end, end),
+    )
+    return tuple(Region(name, Range(start, stop)) for name, start, stop in pieces if start < stop)
+
+
+def _vmcoreinfo(path: Path) -> Range | None:
+    # vmcoreinfo_show, kernel/ksysfs.c: "%pa %x" – physical address and size, both hexadecimal
+    try:
+        paddr, size = path.read_text().split()
+    except (OSError, ValueError):
+        return None
+    return Range.sized(int(paddr, 16), int(size, 16))
+
+
+def _head(kcore: Path) -> bytes:
+    """K1's first bytes through `/proc/kcore` (fs/proc/kcore.c), b"" when lockdown or permissions forbid."""
+    try:
+        with kcore.open("rb") as core:
+            elf = ElfFile.from_bytes(core.read(0x10000), source=str(kcore), file_size=1 << 63)
+            for segment in elf.loads:
+                if segment.vaddr <= PAGE_OFFSET < segment.vaddr + segment.memory_size:
+                    core.seek(segment.file_offset + PAGE_OFFSET - segment.vaddr)
+                    head = core.read(HEAD_SIZE)
+                    return head if len(head) == HEAD_SIZE else b""
+    except OSError:
+        return b""
+    return b""

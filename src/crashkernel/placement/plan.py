@@ -1,0 +1,328 @@
+"""`LoadPlan`: everything a handover is, as a frozen value that goes to JSON and back.
+
+The plan holds no payload. The loader builds the segments' bytes from it, the purgatory executes its moves, and whoever holds
+the dump afterwards reads here what the plan promised.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+
+from crashkernel.errors import FormatError, PlanError
+from crashkernel.machine import HEAD_SIZE, Region
+from crashkernel.memory import Range, RangeSet
+from crashkernel.placement.moves import K1, LINE, Copy, Exchange, Extent, Layout, Move, Put
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+_T = TypeVar("_T", bound=str)
+
+PlacementName = Literal["zero", "reserved"]
+PLACEMENTS: tuple[PlacementName, ...] = ("zero", "reserved")
+FORMAT = 1
+"""Version of the JSON form."""
+
+SegmentContent = Literal["kernel", "initrd", "fdt", "elfcorehdr", "purgatory"]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Memory the loader fills: `content` from its byte `origin` on, zeros after its end."""
+
+    content: SegmentContent
+    range: Range
+    origin: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """K1's bytes of `range`, named by the address they had when K1 died, lie at physical `location` at capture time."""
+
+    range: Range
+    location: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPlan:
+    """A placement worked out for one machine and one capture kernel. Addresses are physical, sizes bytes."""
+
+    placement: PlacementName
+    kernel: str  # K2's release
+    kernel_span: int
+    cmdline: str  # K2's, elfcorehdr= included
+    machine: str  # one line for people: platform, model, MMU
+    memory: RangeSet
+    reserved: Range
+    firmware: tuple[Region, ...]
+    k1_layout: tuple[Region, ...]
+    segments: tuple[Segment, ...]
+    moves: tuple[Move, ...]
+    entry: int
+    opal: tuple[int, int]  # base and entry, (0, 0) without OPAL
+    k2_memory: RangeSet  # what K2 may write
+    k2_mapped: RangeSet  # what K2 is told exists: its memory and the firmware's
+    kept: tuple[Kept, ...]  # all of K1's memory, in ascending order
+    notes: tuple[Range, ...]  # VMCOREINFO and one per CPU, at their address in K1
+    slaves: int  # CPUs that K1 will send to the purgatory's slave entry
+    slave_timeout: int  # in timebase ticks
+    partition: bool  # below K1 is a PAPR hypervisor
+
+    @property
+    def k1_memory(self) -> RangeSet:
+        """What the dump must hold: all RAM but the reserved region."""
+        return self.memory - RangeSet([self.reserved])
+
+    def segment(self, content: SegmentContent) -> Segment:
+        """The first segment with that content."""
+        return next(segment for segment in self.segments if segment.content == content)
+
+    def locate(self, wanted: Range) -> int:
+        """Where K1's bytes of `wanted` lie at capture time.
+
+        :raise PlanError: they do not lie in one piece, or are no memory of K1's.
+        """
+        for kept in self.kept:
+            if kept.range.contains(wanted):
+                return kept.location + wanted.start - kept.range.start
+        raise PlanError(f"K1's bytes at {wanted} do not stay in one piece")
+
+    def stages(self) -> tuple[tuple[str, Layout], ...]:
+        """The machine's memory at each stage of the handover, as the 2005 mail draws it."""
+        layout = loaded_layout(self.memory, self.reserved, self.segments)
+        stages = [("loaded: K1 runs, K2 waits in the reserved region", layout)]
+        layout = layout.after(Copy(0, self.segment("purgatory").range.start, HEAD_SIZE))
+        stages.append(("K1 has died: it copied the purgatory's head over its own first bytes", layout))
+        for number, move in enumerate(self.moves, 1):
+            layout = layout.after(move)
+            stages.append((f"move {number} of {len(self.moves)}: {describe_move(move)}", layout))
+        return tuple(stages)
+
+    def to_json(self) -> str:
+        """One JSON object; addresses are hexadecimal strings, ranges half-open "0x0-0x10000"."""
+        return json.dumps(
+            {
+                "format": FORMAT,
+                "placement": self.placement,
+                "kernel": self.kernel,
+                "kernel_span": hex(self.kernel_span),
+                "cmdline": self.cmdline,
+                "machine": self.machine,
+                "memory": [str(r) for r in self.memory],
+                "reserved": str(self.reserved),
+                "firmware": [{"name": r.name, "range": str(r.range)} for r in self.firmware],
+                "k1_layout": [{"name": r.name, "range": str(r.range)} for r in self.k1_layout],
+                "segments": [{"content": s.content, "range": str(s.range), "origin": hex(s.origin)} for s in self.segments],
+                "moves": [_move_to_json(move) for move in self.moves],
+                "entry": hex(self.entry),
+                "opal": [hex(value) for value in self.opal],
+                "k2_memory": [str(r) for r in self.k2_memory],
+                "k2_mapped": [str(r) for r in self.k2_mapped],
+                "kept": [{"range": str(k.range), "location": hex(k.location)} for k in self.kept],
+                "notes": [str(r) for r in self.notes],
+                "slaves": self.slaves,
+                "slave_timeout": self.slave_timeout,
+                "partition": self.partition,
+            },
+            indent=1,
+        )
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "plan") -> LoadPlan:
+        """Read a plan back and hold it against its own rules.
+
+        :raise FormatError: not a plan, a field is missing or of the wrong kind, or the plan contradicts itself.
+        """
+        try:
+            raw = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise FormatError(f"not JSON: {error}", source=source) from error
+        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+            raise FormatError(
+                f"not a load plan of format {FORMAT}",
+                source=source,
+                hint="write one with `crashkernel plan --plan-out`",
+            )
+        try:
+            plan = cls(
+                placement=_one_of(raw["placement"], PLACEMENTS),
+                kernel=_text(raw["kernel"]),
+                kernel_span=_number(raw["kernel_span"]),
+                cmdline=_text(raw["cmdline"]),
+                machine=_text(raw["machine"]),
+                memory=RangeSet(_ranges(raw["memory"])),
+                reserved=_range(raw["reserved"]),
+                firmware=tuple(Region(_text(r["name"]), _range(r["range"])) for r in _list(raw["firmware"])),
+                k1_layout=tuple(Region(_text(r["name"]), _range(r["range"])) for r in _list(raw["k1_layout"])),
+                segments=tuple(
+                    Segment(_one_of(s["content"], _CONTENTS), _range(s["range"]), _number(s["origin"]))
+                    for s in _list(raw["segments"])
+                ),
+                moves=tuple(_move_from_json(move) for move in _list(raw["moves"])),
+                entry=_number(raw["entry"]),
+                opal=cast("tuple[int, int]", tuple(_number(value) for value in _list(raw["opal"], 2))),
+                k2_memory=RangeSet(_ranges(raw["k2_memory"])),
+                k2_mapped=RangeSet(_ranges(raw["k2_mapped"])),
+                kept=tuple(Kept(_range(k["range"]), _number(k["location"])) for k in _list(raw["kept"])),
+                notes=tuple(_ranges(raw["notes"])),
+                slaves=_count(raw["slaves"]),
+                slave_timeout=_count(raw["slave_timeout"]),
+                partition=bool(raw["partition"]),
+            )
+        except KeyError as error:
+            raise FormatError(f"field {error} is missing", source=source) from error
+        except (TypeError, ValueError) as error:
+            raise FormatError(f"a field is not what it must be: {error}", source=source) from error
+        check_plan(plan, lambda message: FormatError(message, source=source))
+        return plan
+
+
+def check_plan(plan: LoadPlan, fault: Callable[[str], Exception]) -> None:
+    """Hold a plan against the rules that no plan may break, whoever made it.
+
+    :raise: what `fault` makes of the message, naming the ranges that collide.
+    """
+    placed = sorted(plan.segments, key=lambda s: s.range.start)
+    for before, after in zip(placed, placed[1:], strict=False):
+        if before.range.overlaps(after.range):
+            raise fault(f"segments overlap: {before.content} {before.range} and {after.content} {after.range}")
+    for segment in plan.segments:
+        # sanity_check_segment_list, kernel/kexec_core.c: a crash segment outside crashk_res is -EADDRNOTAVAIL
+        if not plan.reserved.contains(segment.range):
+            raise fault(f"segment {segment.content} {segment.range} lies outside the reserved region {plan.reserved}")
+        for region in plan.firmware:
+            if segment.range.overlaps(region.range):
+                raise fault(f"segment {segment.content} {segment.range} lies over {region.name} {region.range}")
+    if {segment.content for segment in plan.segments} < {"kernel", "fdt", "elfcorehdr", "purgatory"}:
+        raise fault("a plan needs kernel, fdt, elfcorehdr and purgatory segments")
+    purgatory = plan.segment("purgatory").range
+    for move in plan.moves:
+        touched = [Range.sized(move.dst, move.size)]
+        if not isinstance(move, Put):
+            touched.append(Range.sized(move.src, move.size))
+            if touched[0].overlaps(touched[1]):
+                raise fault(f"a move onto itself: {describe_move(move)}")
+        if any(value % LINE for r in touched for value in (r.start, r.end)):
+            raise fault(f"not whole {LINE}-byte lines: {describe_move(move)}")
+        for part in touched:
+            if not plan.memory.covers(part):
+                raise fault(f"a move touches {part}, which is no memory")
+            if part.overlaps(purgatory):
+                raise fault(f"a move touches the purgatory that makes it: {part}")
+            for region in plan.firmware:
+                if part.overlaps(region.range):
+                    raise fault(f"a move touches {region.name} {region.range}: {describe_move(move)}")
+    promised = keep(plan.memory, plan.reserved, plan.segments, plan.moves, plan.k2_memory - firmware_set(plan.firmware))
+    if promised != plan.kept:
+        raise fault("where K1's memory is said to lie is not where the moves leave it")
+
+
+def loaded_layout(memory: RangeSet, reserved: Range, segments: Iterable[Segment]) -> Layout:
+    """Memory while K1 runs and K2 is loaded."""
+    k1 = [Extent(r, K1, r.start) for r in memory - RangeSet([reserved])]
+    return Layout.of([*k1, Extent(reserved, "free", 0)]).overlaid(
+        *(Extent(segment.range, segment.content, segment.origin) for segment in segments)
+    )
+
+
+def keep(
+    memory: RangeSet, reserved: Range, segments: Iterable[Segment], moves: Iterable[Move], k2_memory: RangeSet
+) -> tuple[Kept, ...]:
+    """Where each byte of K1 lies once all moves are made, out of K2's reach.
+
+    :raise PlanError: bytes of K1 are lost, with their range.
+    """
+    segments = tuple(segments)
+    layout = loaded_layout(memory, reserved, segments)
+    purgatory = next(segment.range for segment in segments if segment.content == "purgatory")
+    layout = layout.after(Copy(0, purgatory.start, HEAD_SIZE))  # kexec_sequence, arch/powerpc/kernel/misc_64.S
+    for move in moves:
+        layout = layout.after(move)
+    kept: list[Kept] = []
+    seen = RangeSet([])
+    for extent in layout.locations():
+        for place in RangeSet([extent.location]) - k2_memory:
+            origin = extent.origin + place.start - extent.location.start
+            for fresh in RangeSet([Range.sized(origin, place.size)]) - seen:
+                kept.append(Kept(fresh, place.start + fresh.start - origin))
+            seen |= RangeSet([Range.sized(origin, place.size)])
+    lost = (memory - RangeSet([reserved])) - seen
+    if lost:
+        raise PlanError(f"the moves lose K1's memory at {', '.join(str(r) for r in lost)}")
+    return tuple(sorted(kept, key=lambda k: k.range.start))
+
+
+def firmware_set(firmware: Iterable[Region]) -> RangeSet:
+    """The firmware's memory as one set."""
+    return RangeSet(region.range for region in firmware)
+
+
+def describe_move(move: Move) -> str:
+    """One line for people."""
+    to = Range.sized(move.dst, move.size)
+    if isinstance(move, Put):
+        return f"put K1's own bytes back at {to}"
+    source = Range.sized(move.src, move.size)
+    return f"exchange {to} with {source}" if isinstance(move, Exchange) else f"copy {source} to {to}"
+
+
+_CONTENTS: tuple[SegmentContent, ...] = ("kernel", "initrd", "fdt", "elfcorehdr", "purgatory")
+
+
+def _move_to_json(move: Move) -> dict[str, str]:
+    fields = {"move": type(move).__name__.lower(), "dst": hex(move.dst)}
+    if not isinstance(move, Put):
+        fields["src"] = hex(move.src)
+    return {**fields, "size": hex(move.size)}
+
+
+def _move_from_json(raw: Any) -> Move:
+    name = _one_of(raw["move"], ("copy", "exchange", "put"))
+    dst, size = _number(raw["dst"]), _number(raw["size"])
+    if size == 0:
+        raise ValueError("a move of nothing")
+    if name == "put":
+        return Put(dst, size)
+    return (Copy if name == "copy" else Exchange)(dst, _number(raw["src"]), size)
+
+
+def _one_of(value: Any, allowed: tuple[_T, ...]) -> _T:
+    if value not in allowed:
+        raise ValueError(f"{value!r} is none of {', '.join(allowed)}")
+    return cast("_T", value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no string")
+    return value
+
+
+def _number(value: Any) -> int:
+    number = int(_text(value), 16)
+    if not 0 <= number < 1 << 64:
+        raise ValueError(f"{value} is no 64-bit address")
+    return number
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(f"{value!r} is no count")
+    return value
+
+
+def _list(value: Any, length: int | None = None) -> list[Any]:
+    if not isinstance(value, list) or (length is not None and len(value) != length):
+        raise TypeError(f"{value!r} is no list" + (f" of {length}" if length is not None else ""))
+    return value
+
+
+def _range(value: Any) -> Range:
+    start, _, end = _text(value).partition("-")
+    return Range(_number(start), _number(end))
+
+
+def _ranges(value: Any) -> list[Range]:
+    return [_range(item) for item in _list(value)]
