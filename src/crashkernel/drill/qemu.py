@@ -93,21 +93,28 @@ class Wiring:
         return self.directory / f"{name}.sock"
 
 
+_PORT = f"virtserialport,chardev=control,name={PORT_NAME}"
+_PSERIES_DEVICES = ("virtio-serial-pci", _PORT, "virtio-blk-pci,drive=disk,num-queues=1")
+# One PCI host bridge instead of the default six, each of which K2 resets for three seconds; and a BMC, without which
+# powering off never ends.
+_POWERNV_DEVICES = (
+    "pnv-phb,chip-id=0,index=0,id=phb0",
+    "pnv-phb-root-port,bus=phb0,id=pcie.0",
+    "virtio-serial-pci,bus=pcie.0,addr=0.0,multifunction=on",
+    _PORT,
+    "virtio-blk-pci,drive=disk,bus=pcie.0,addr=0.1,num-queues=1",
+    "ipmi-bmc-sim,id=bmc0",
+    "isa-ipmi-bt,bmc=bmc0,irq=10",
+)
+
+
 def qemu_command(twin: Twin, kernel: Path, initrd: Path, wiring: Wiring, *, qemu: str = QEMU) -> list[str]:
     """QEMU's arguments for `twin`."""
     machine: str = twin.machine
     if machine == "pseries":
         # The mitigations that TCG cannot emulate; a guest would only be told that it is vulnerable.
         machine += ",cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-htm=off"
-    bus = "pci.0" if twin.machine == "pseries" else "pcie.0"
-    devices = [
-        ["-device", f"virtio-serial-pci,bus={bus}" + (",addr=3" if twin.machine == "pseries" else "")],
-        ["-device", f"virtserialport,chardev=control,name={PORT_NAME}"],
-        ["-blockdev", f"driver=file,node-name=file,filename={wiring.disk},cache.direct=off,discard=unmap"],
-        # zeros become holes: half of a fresh machine's memory is zero
-        ["-blockdev", "driver=raw,node-name=disk,file=file,detect-zeroes=unmap,discard=unmap"],
-        ["-device", f"virtio-blk-pci,drive=disk,bus={bus if twin.machine == 'pseries' else 'pcie.1'}"],
-    ]
+    devices = _PSERIES_DEVICES if twin.machine == "pseries" else _POWERNV_DEVICES
     sockets = [
         argument
         for name in ("console", "control", "qmp")
@@ -124,7 +131,8 @@ def qemu_command(twin: Twin, kernel: Path, initrd: Path, wiring: Wiring, *, qemu
         "-chardev", f"socket,id=gdb,path={wiring.socket('gdb')},server=on,wait=off",
         "-gdb", "chardev:gdb",
         "-serial", "chardev:console", "-mon", "chardev=qmp,mode=control",
-        *(argument for device in devices for argument in device),
+        *(argument for device in devices for argument in ("-device", device)),
+        "-blockdev", f"driver=file,node-name=disk,filename={wiring.disk}",
         "-kernel", str(kernel), "-initrd", str(initrd), "-append", twin.kernel_options,
     ]  # fmt: skip
 

@@ -47,7 +47,7 @@ LOAD = Stage("load", 180, "the loader's own message says what to change")
 CRASH = Stage("crash", 120, "K1 did not reach the purgatory: did the panic take another path (fadump, panic_timeout)?")
 TRUTH = Stage("truth", 120, "the host could not copy the twin's memory: is there room for it?")
 HANDOVER = Stage("handover", 120, "the purgatory did not reach K2's first instruction")
-BOOT_K2 = Stage("K2 boot", 30, "K2 started but did not come up: too little memory in crashkernel=, or a wrong device tree")
+BOOT_K2 = Stage("K2 boot", 100, "K2 started but did not come up: too little memory in crashkernel=, or a wrong device tree")
 CAPTURE = Stage("capture", 900, "K2 could not save /proc/vmcore to its disk")
 VERIFY = Stage("verify", 600, "")
 STAGES = (BOOT_K1, LOAD, CRASH, TRUTH, HANDOVER, BOOT_K2, CAPTURE, VERIFY)
@@ -144,8 +144,12 @@ async def _drill(scenario: Scenario, userland: Userland, wiring: Wiring, outcome
     nonce = secrets.token_bytes(NONCE_SIZE)
     initrd = _build(scenario, userland, wiring, nonce, "crashkernel")
     command = qemu_command(scenario.twin, scenario.k1.vmlinux, initrd, wiring)
+    with wiring.disk.open("wb") as disk:
+        disk.truncate(_disk_size(scenario.twin))
     async with Machine.start(command, wiring) as machine:
         async with clock.stage(BOOT_K1, machine):
+            # while K1 boots: K2 would wait for every page of the disk that the host has to find first
+            await asyncio.to_thread(_allocate, wiring.disk)
             await _expect(machine, "k1-up")
         async with clock.stage(LOAD, machine) as note:
             size = int(await _expect(machine, "plan", log=note))
@@ -198,9 +202,21 @@ def run_bare(twin: Twin, k1: Kernel, userland: Userland, tell: Listener) -> Outc
     return outcome
 
 
+def _disk_size(twin: Twin) -> int:
+    # all of memory, headers, and the padding of the last block
+    return twin.memory + (64 << 20)
+
+
+def _allocate(disk: Path) -> None:
+    with disk.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+
+
 async def _bare(scenario: Scenario, userland: Userland, wiring: Wiring, outcome: Outcome, tell: Listener) -> None:
     clock = _Clock(outcome, tell)
     initrd = _build(scenario, userland, wiring, bytes(NONCE_SIZE), "kexec-tools")
+    with wiring.disk.open("wb") as disk:
+        disk.truncate(_disk_size(scenario.twin))
     command = qemu_command(scenario.twin, scenario.k1.vmlinux, initrd, wiring)
     async with Machine.start(command, wiring) as machine:
         async with clock.stage(BOOT_K1, machine):
@@ -233,9 +249,6 @@ def _build(scenario: Scenario, userland: Userland, wiring: Wiring, nonce: bytes,
         ),
         append=append,
     )
-    # all of memory, headers, and the padding of the last block
-    with wiring.disk.open("wb") as disk:
-        disk.truncate(scenario.twin.memory + (64 << 20))
     return crash
 
 
@@ -254,7 +267,8 @@ async def _expect(
         if kind == word:
             return rest.split(" ")[0]
         if kind == "failed":
-            raise _GuestSaidNo(last or f"the guest says: {rest}")
+            # a number is the loader's exit status: its own last line says more
+            raise _GuestSaidNo(last if rest.isdigit() and last else f"the guest says: {rest}")
         if kind == "log":
             last = rest.removeprefix("crashkernel: ")
             if log:
