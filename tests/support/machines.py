@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass, replace
 
-from support.elfwriter import Part, write_elf
-
 from crashkernel.formats.fdt import Node
 from crashkernel.machine import HEAD_SIZE, Cpu, Machine, Region
 from crashkernel.machine.devicetree import machine_from_tree
@@ -11,6 +9,7 @@ from crashkernel.memory import Range
 from crashkernel.placement import plan_load
 from crashkernel.placement.image import KernelImage
 from crashkernel.placement.plan import LoadPlan
+from support.elfwriter import Part, write_elf
 
 MIB = 1 << 20
 GIB = 1 << 30

@@ -188,7 +188,7 @@ class TestCaptureImage:
 
 class TestCrashImage:
     @pytest.fixture
-    def build(self, kernel, capture_kernel, capture_image, userland, package, tmp_path):  # noqa: PLR0917 - fixtures
+    def build(self, kernel, capture_kernel, capture_image, userland, package, tmp_path):
         def build(**options):
             options = {"nonce": NONCE, "package": package, **options}
             output = tmp_path / "k1.cpio"

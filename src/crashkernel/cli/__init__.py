@@ -72,7 +72,7 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     rescue.add_commands(commands)
     # In an initramfs neither the drill nor what it stands on is there; and parsing `load` needs none of it.
     if not argv or argv[0] not in rescue.COMMANDS:
-        from crashkernel.cli import twin  # noqa: PLC0415
+        from crashkernel.cli.twin import add_commands  # noqa: PLC0415
 
-        twin.add_commands(commands)
+        add_commands(commands)
     return parser

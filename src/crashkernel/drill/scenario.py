@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crashkernel.drill.guest import NONCE_SIZE, Loader, Userland, build_capture_image, build_crash_image
-from crashkernel.drill.qemu import Machine, Twin, Wiring, qemu_command
+from crashkernel.drill.qemu import Debugger, Machine, Twin, Wiring, qemu_command
+from crashkernel.drill.record import CONSOLE, DUMP, EVIDENCE, PLAN, TRUTH, evidence_json
 from crashkernel.drill.verdict import Truth, Verdict, judge
 from crashkernel.errors import EnvironmentFault, StageFailed
 from crashkernel.machine import HEAD_SIZE
@@ -45,12 +46,12 @@ class Stage:
 BOOT_K1 = Stage("K1 boot", 300, "does this kernel boot on this machine model and CPU? see the console")
 LOAD = Stage("load", 180, "the loader's own message says what to change")
 CRASH = Stage("crash", 120, "K1 did not reach the purgatory: did the panic take another path (fadump, panic_timeout)?")
-TRUTH = Stage("truth", 120, "the host could not copy the twin's memory: is there room for it?")
+COPY_TRUTH = Stage("truth", 120, "the host could not copy the twin's memory: is there room for it?")
 HANDOVER = Stage("handover", 120, "the purgatory did not reach K2's first instruction")
-BOOT_K2 = Stage("K2 boot", 100, "K2 started but did not come up: too little memory in crashkernel=, or a wrong device tree")
+BOOT_K2 = Stage("K2 boot", 300, "K2 started but did not come up: too little memory in crashkernel=, or a wrong device tree")
 CAPTURE = Stage("capture", 900, "K2 could not save /proc/vmcore to its disk")
 VERIFY = Stage("verify", 600, "")
-STAGES = (BOOT_K1, LOAD, CRASH, TRUTH, HANDOVER, BOOT_K2, CAPTURE, VERIFY)
+STAGES = (BOOT_K1, LOAD, CRASH, COPY_TRUTH, HANDOVER, BOOT_K2, CAPTURE, VERIFY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ class Outcome:
     failure: StageFailed | None = None
     plan: LoadPlan | None = None
     dump: Path | None = None
+    seconds: float = 0.0  # from building the images to the verdict
 
     @property
     def passed(self) -> bool:
@@ -128,14 +130,15 @@ def run_drill(scenario: Scenario, userland: Userland, tell: Listener) -> Outcome
     :raise EnvironmentFault: this machine lacks something, or has no room.
     """
     outcome = Outcome(scenario)
+    start = time.monotonic()
     with working_directory(scenario.twin.memory) as directory:
         try:
             asyncio.run(_drill(scenario, userland, Wiring(directory), outcome, tell))
         except StageFailed as failure:
             outcome.failure = failure
-        finally:
-            if scenario.keep is not None:
-                _keep(directory, scenario.keep, outcome)
+        outcome.seconds = round(time.monotonic() - start, 3)
+        if scenario.keep is not None:
+            _keep(directory, scenario.keep, outcome)
     return outcome
 
 
@@ -154,7 +157,7 @@ async def _drill(scenario: Scenario, userland: Userland, wiring: Wiring, outcome
         async with clock.stage(LOAD, machine) as note:
             size = int(await _expect(machine, "plan", log=note))
             text = (await machine.exactly(size)).decode()
-            (wiring.directory / "plan.json").write_text(text)
+            (wiring.directory / PLAN).write_text(text)
             outcome.plan = plan = LoadPlan.from_json(text)
             await _expect(machine, "armed", log=note)
         purgatory = plan.segment("purgatory").range.start
@@ -163,9 +166,8 @@ async def _drill(scenario: Scenario, userland: Userland, wiring: Wiring, outcome
         async with clock.stage(CRASH, machine):
             machine.say("crash")
             await _run_until(machine, debugger, purgatory)
-        async with clock.stage(TRUTH, machine):
-            truth_file = wiring.directory / "truth"
-            await asyncio.to_thread(_copy_sparse, wiring.ram, truth_file)
+        async with clock.stage(COPY_TRUTH, machine):
+            await asyncio.to_thread(_copy_sparse, wiring.ram, wiring.directory / TRUTH)
         async with clock.stage(HANDOVER, machine):
             await _run_until(machine, debugger, plan.entry)
             await debugger.detach()
@@ -176,7 +178,7 @@ async def _drill(scenario: Scenario, userland: Userland, wiring: Wiring, outcome
             await _expect(machine, "saved", log=note, progress=lambda done: note(f"{format_size(done)} of {format_size(size)}"))
             await machine.quit()
         truth = Truth(
-            memory=truth_file,
+            memory=wiring.directory / TRUTH,
             head=head,
             memory_size=scenario.twin.memory,
             reserved=_announced(machine.reservation),
@@ -185,7 +187,7 @@ async def _drill(scenario: Scenario, userland: Userland, wiring: Wiring, outcome
             release=scenario.k1.name,
             crashed_pid=_CRASHED_PID,
         )
-        (wiring.directory / "head").write_bytes(head)
+        (wiring.directory / EVIDENCE).write_text(evidence_json(truth))
     async with clock.stage(VERIFY):
         os.truncate(wiring.disk, size)
         outcome.verdict = await asyncio.to_thread(judge, wiring.disk, truth, plan)
@@ -194,11 +196,13 @@ async def _drill(scenario: Scenario, userland: Userland, wiring: Wiring, outcome
 def run_bare(twin: Twin, k1: Kernel, userland: Userland, tell: Listener) -> Outcome:
     """The peer's twin: boot, load with kexec-tools, crash, boot K2; no truth, no capture, no verdict. For `make bench`."""
     outcome = Outcome(Scenario(twin, k1, k1, "reserved"))
+    start = time.monotonic()
     with working_directory(twin.memory) as directory:
         try:
             asyncio.run(_bare(outcome.scenario, userland, Wiring(directory), outcome, tell))
         except StageFailed as failure:
             outcome.failure = failure
+        outcome.seconds = round(time.monotonic() - start, 3)
     return outcome
 
 
@@ -233,7 +237,7 @@ def _build(scenario: Scenario, userland: Userland, wiring: Wiring, nonce: bytes,
     directory = wiring.directory
     capture = build_capture_image(scenario.k2, userland, directory / "capture.cpio")
     append = CAPTURE_CMDLINE + (" crashkernel.mode=bare" if loader == "kexec-tools" else "")
-    crash = build_crash_image(
+    return build_crash_image(
         scenario.k1,
         scenario.k2,
         capture,
@@ -249,7 +253,6 @@ def _build(scenario: Scenario, userland: Userland, wiring: Wiring, nonce: bytes,
         ),
         append=append,
     )
-    return crash
 
 
 async def _expect(
@@ -277,11 +280,8 @@ async def _expect(
             progress(int(rest))
 
 
-async def _run_until(machine: Machine, debugger: object, address: int) -> None:
+async def _run_until(machine: Machine, debugger: Debugger, address: int) -> None:
     """Run to physical `address` in real mode; a user program of K1 may well use the same number as a virtual address."""
-    from crashkernel.drill.qemu import Debugger  # noqa: PLC0415
-
-    assert isinstance(debugger, Debugger)
     await debugger.set_breakpoint(address)
     while True:
         await debugger.resume()
@@ -356,32 +356,51 @@ def _likely(stage: Stage, console: tuple[str, ...]) -> str:
     return stage.likely
 
 
+_WORK = "crashkernel-drill-"
+
+
 @contextlib.contextmanager
 def working_directory(memory: int) -> Iterator[Path]:
-    """A private directory with room for RAM, its copy and the dump: in memory if there is enough, else on disk.
+    """A private directory with room for RAM, its copy and the dump: TMPDIR if that is set, else in memory, else on disk.
 
     :raise EnvironmentFault: nowhere is enough room.
     """
     wanted = 3 * memory + (512 << 20)
-    places = [Path("/dev/shm"), Path(tempfile.gettempdir())]  # noqa: S108  (a place with room, not a file name)
+    chosen = os.environ.get("TMPDIR")
+    places = [Path(chosen)] if chosen else [Path("/dev/shm"), Path(tempfile.gettempdir())]  # noqa: S108  (a place with room)
     for place in places:
-        with contextlib.suppress(OSError):
-            if shutil.disk_usage(place).free > wanted and os.access(place, os.W_OK):
-                with tempfile.TemporaryDirectory(prefix="crashkernel-drill-", dir=place) as directory:
-                    yield Path(directory)
-                return
-    raise EnvironmentFault(
-        f"a drill with {format_size(memory)} needs {format_size(wanted)} of room in {' or '.join(map(str, places))}",
-        hint="free some, set TMPDIR, or use a smaller --memory",
-    )
+        _remove_leftovers(place)
+    place = next((place for place in places if _has_room(place, wanted)), None)
+    if place is None:
+        raise EnvironmentFault(
+            f"a drill with {format_size(memory)} needs {format_size(wanted)} of room in {' or '.join(map(str, places))}",
+            hint="free some, set TMPDIR, or use a smaller --memory",
+        )
+    with tempfile.TemporaryDirectory(prefix=f"{_WORK}{os.getpid()}-", dir=place) as directory:
+        yield Path(directory)
+
+
+def _has_room(place: Path, wanted: int) -> bool:
+    try:
+        return os.access(place, os.W_OK) and shutil.disk_usage(place).free > wanted
+    except OSError:
+        return False
+
+
+def _remove_leftovers(place: Path) -> None:
+    """What a drill left that was killed outright: gigabytes, in memory."""
+    for directory in place.glob(f"{_WORK}*-*"):
+        pid = directory.name.removeprefix(_WORK).split("-")[0]
+        if pid.isdigit() and not Path("/proc", pid).exists():
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def _keep(directory: Path, keep: Path, outcome: Outcome) -> None:
     keep.mkdir(parents=True, exist_ok=True)
-    names = {"disk": "vmcore", "truth": "truth", "head": "head", "plan.json": "plan.json", "console.log": "console.log"}
-    for name, kept in names.items():
+    for name, kept in {"disk": DUMP, **{name: name for name in (TRUTH, PLAN, EVIDENCE, CONSOLE)}}.items():
         source = directory / name
-        if source.exists():
+        # a disk that no verdict was reached on holds no dump
+        if source.exists() and (name != "disk" or outcome.verdict is not None):
             _copy_sparse(source, keep / kept)
             if name == "disk":
                 outcome.dump = keep / kept

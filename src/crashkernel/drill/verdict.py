@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _CHUNK = 8 << 20
 _BLOCK = 4096  # the granularity of wrong ranges while comparing; the ends are then narrowed to bytes
 _HEADERS = 16 << 20  # more than any vmcore's headers and notes
+_SKIBOOT = "ibm,firmware-"  # mem_region_init and mem_region_add_dt_reserved, skiboot core/mem_region.c
 _VPA_SIZE = 0x400  # and its alignment: LPPACA_SIZE, arch/powerpc/kernel/paca.c
 _VPA_EYE_CATCHER = b"\xd3\x97\xd7\x81"  # init_lppaca, arch/powerpc/kernel/paca.c
 _VPA_DISPATCH_COUNT = range(0x100, 0x104)  # struct lppaca, arch/powerpc/include/asm/lppaca.h
@@ -69,7 +70,8 @@ class Exemption:
 
     There are two, and both are recognised by what they are, not by how much changed:
 
-    - OPAL's own memory on bare metal: the firmware runs, and logs, as long as the machine does;
+    - the firmware's own memory on bare metal (skiboot's image and heap, the tables of its interrupt and PCI controllers):
+      OPAL runs, and logs, as long as the machine does;
     - a CPU's dispatch count in its VPA: the hypervisor counts when the stopped twin goes on, before the purgatory's first
       instruction can take the VPA from it.
     """
@@ -175,8 +177,7 @@ def _pieces(elf: ElfFile, k1: RangeSet, size: int, verdict: Verdict) -> list[_Pi
 
 
 def _compare(dump: int, memory: int, pieces: list[_Piece], truth: Truth, plan: LoadPlan, verdict: Verdict) -> None:
-    exempt = {region.name: region.range for region in plan.firmware if region.name == "OPAL"}
-    changed = dict.fromkeys(exempt, 0)
+    live = [region for region in plan.firmware if region.name == "OPAL" or region.name.startswith(_SKIBOOT)]
     wrong_blocks: list[_Wrong] = []
     ours, theirs = bytearray(_CHUNK), bytearray(_CHUNK)
     for piece in pieces:
@@ -192,12 +193,11 @@ def _compare(dump: int, memory: int, pieces: list[_Piece], truth: Truth, plan: L
             if ours[:size] == theirs[:size] if size < _CHUNK else ours == theirs:
                 continue
             for block in _wrong_blocks(ours, theirs, size, start):
-                name = next((name for name, region in exempt.items() if region.contains(block.range)), None)
-                if name is None:
+                region = next((region for region in live if region.range.contains(block.range)), None)
+                if region is None:
                     wrong_blocks += _without_dispatch_counts(block, verdict)
                 else:
-                    changed[name] += block.wrong
-    verdict.exempt += [Exemption(region, name, changed[name]) for name, region in exempt.items()]
+                    verdict.exempt.append(Exemption(block.range, region.name, block.wrong))
     verdict.bytes_wrong = sum(block.wrong for block in wrong_blocks)
     verdict.wrong_ranges = _describe(wrong_blocks, plan)
 

@@ -130,7 +130,7 @@ def _layout(root: Path) -> tuple[Region, ...]:
 
 
 def _vmcoreinfo(path: Path) -> Range | None:
-    # vmcoreinfo_show, kernel/ksysfs.c: "%pa %x" – physical address and size, both hexadecimal
+    # vmcoreinfo_show, kernel/ksysfs.c: "%pa %x", physical address and size, both hexadecimal
     try:
         paddr, size = path.read_text().split()
     except (OSError, ValueError):

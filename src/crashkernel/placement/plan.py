@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from crashkernel.errors import FormatError, PlanError
@@ -185,7 +186,7 @@ def check_plan(plan: LoadPlan, fault: Callable[[str], Exception]) -> None:
     :raise: what `fault` makes of the message, naming the ranges that collide.
     """
     placed = sorted(plan.segments, key=lambda s: s.range.start)
-    for before, after in zip(placed, placed[1:], strict=False):
+    for before, after in pairwise(placed):
         if before.range.overlaps(after.range):
             raise fault(f"segments overlap: {before.content} {before.range} and {after.content} {after.range}")
     for segment in plan.segments:

@@ -1,0 +1,74 @@
+# Every target sets itself up: nothing has to be run before it.
+#
+#   make drill    a real kernel dies twice on a virtual twin, and both dumps are proved byte for byte
+#   make test     all checks and tests, the drills included
+#   make check    the quick part of it: lint, types, unit tests
+#   make matrix   every supported machine and kernel (10 to 20 minutes); writes the README's table
+#   make bench    a drill against the two boots it contains
+#   make wheel    the distributable package, in dist/
+#   make purgatory  assemble the purgatory after a change of purgatory.S
+
+VENV := .venv
+BIN := $(VENV)/bin
+PURGATORY := src/crashkernel/purgatory/purgatory
+
+# What is asked of Debian if it is missing: a program to look for, and the package that has it.
+define need
+	@command -v $(1) >/dev/null || { \
+	  echo "installing $(2)"; \
+	  as_root=$$([ $$(id -u) = 0 ] || echo sudo); \
+	  $$as_root apt-get update -q >/dev/null && \
+	  DEBIAN_FRONTEND=noninteractive $$as_root apt-get install -q -y --no-install-recommends $(2) >/dev/null || \
+	  { echo "cannot install $(2): install it by hand, then run make again" >&2; exit 3; }; }
+endef
+
+.PHONY: setup qemu binutils drill test check matrix bench wheel purgatory clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed" >&2; exit 3; }
+	@python3 -c 'import ensurepip' 2>/dev/null || { as_root=$$([ $$(id -u) = 0 ] || echo sudo); \
+	  $$as_root apt-get update -q >/dev/null; $$as_root apt-get install -q -y --no-install-recommends python3-venv >/dev/null; }
+	@echo "preparing $(VENV)"
+	@[ -x $(BIN)/python ] || python3 -m venv $(VENV)
+	@$(BIN)/pip install -q --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+qemu:
+	$(call need,qemu-system-ppc64,qemu-system-ppc)
+	$(call need,zstd,zstd)
+
+binutils:
+	$(call need,powerpc64le-linux-gnu-as,binutils-powerpc64le-linux-gnu)
+	$(call need,cpio,cpio)
+	$(call need,readelf,binutils)
+
+drill: setup qemu
+	$(BIN)/crashkernel drill
+
+check: setup binutils
+	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests
+	$(BIN)/mypy
+	$(BIN)/pytest tests/unit
+
+test: check qemu
+	$(BIN)/pytest tests/bench tests/drill
+
+matrix: setup qemu
+	$(BIN)/crashkernel matrix --update README.md
+
+bench: setup qemu
+	$(BIN)/crashkernel bench
+
+wheel: setup
+	$(BIN)/python -m build --wheel --outdir dist .
+
+purgatory: binutils
+	powerpc64le-linux-gnu-as -mbig -a64 -o $(PURGATORY).o $(PURGATORY).S
+	powerpc64le-linux-gnu-objcopy -O binary $(PURGATORY).o $(PURGATORY).bin
+	@rm $(PURGATORY).o
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info

@@ -1,0 +1,372 @@
+"""drill, matrix, bench: for the engineer's machine, with QEMU and this package's `drill` extra."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import shutil
+import signal
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from crashkernel.errors import EnvironmentFault, StageFailed, UsageError
+from crashkernel.memory import parse_size
+from crashkernel.placement.plan import PLACEMENTS, PlacementName
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.status import Status
+
+    from crashkernel.drill.debian import Kernel
+    from crashkernel.drill.guest import Userland
+    from crashkernel.drill.qemu import Twin
+    from crashkernel.drill.scenario import Outcome, Stage
+    from crashkernel.drill.verdict import Verdict
+
+# named here as well as in crashkernel.drill.qemu, so that --help works without the drill's dependencies
+_MACHINES = ("pseries", "powernv9", "powernv10")
+_CPUS = ("POWER8", "POWER9", "POWER10")
+_MMUS = ("radix", "hash")
+
+_DRILL_EPILOG = """examples:
+  crashkernel drill                                 Debian 12's kernel, both placements
+  crashkernel drill --placement zero --keep out     keep the dump and the evidence in out/
+  crashkernel drill --kernel debian:trixie debian:trixie/powerpc64le-64k debian:sid
+  crashkernel drill --kernel ./vmlinux              your own kernel; modules in ../lib/modules/RELEASE
+  crashkernel drill --cpu POWER8 --smp 2 --memory 4G --crashkernel 256M@128M
+  crashkernel drill --judge out                     judge a kept drill once more
+
+A drill boots K1 in QEMU, loads K2 with `crashkernel load`, crashes K1, stops the twin at the purgatory's
+first instruction to copy its memory from outside, lets K2 save /proc/vmcore, and compares every byte of
+K1's memory. The first run downloads Debian packages (about 100 MB) and keeps them.
+
+exit status: 0 every drill passed, 1 one failed, 2 usage, 3 this machine lacks something
+"""
+
+
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the three commands to the parser."""
+    drill = commands.add_parser(
+        "drill",
+        help="crash a virtual twin and prove its dump byte for byte",
+        description="Crash a virtual twin and prove its dump byte for byte.",
+        epilog=_DRILL_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    drill.add_argument("--placement", choices=(*PLACEMENTS, "both"), default="both", help="default: %(default)s")
+    drill.add_argument(
+        "--kernel",
+        nargs="+",
+        default=["debian:bookworm"],
+        metavar="KERNEL",
+        help="debian:SUITE[/FLAVOUR] or the path of a vmlinux, as K1 and K2 (default: debian:bookworm)",
+    )
+    _add_twin(drill)
+    drill.add_argument("--keep", type=Path, metavar="DIR", help="leave dump, truth, plan and console in DIR/PLACEMENT")
+    drill.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON ('-' for standard output)")
+    drill.add_argument("--judge", type=Path, metavar="DIR", help="run nothing: judge the drill kept in DIR again")
+    drill.set_defaults(run=_drill)
+
+    matrix = commands.add_parser(
+        "matrix",
+        help="drill every supported machine and kernel, both placements",
+        description="Drill every supported machine and kernel, both placements, and print the table (20 minutes).",
+        epilog="example:\n  crashkernel matrix --update README.md --json matrix.json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    matrix.add_argument("--update", type=Path, metavar="FILE", help="put the table between the matrix markers of this document")
+    matrix.add_argument("--json", type=Path, metavar="FILE", help="write all results as JSON")
+    matrix.set_defaults(run=_matrix)
+
+    bench = commands.add_parser(
+        "bench",
+        help="measure a drill against the two boots it contains",
+        description="Measure drills against a bare twin that boots, crashes and boots K2 with kexec-tools, in alternating runs.",
+        epilog="example:\n  crashkernel bench --runs 5",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    bench.add_argument("--kernel", default="debian:bookworm", metavar="KERNEL", help="default: %(default)s")
+    bench.add_argument("--runs", type=int, default=3, metavar="N", help="rounds of bare, zero, reserved (default: %(default)s)")
+    _add_twin(bench)
+    bench.set_defaults(run=_bench)
+
+
+def _add_twin(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--machine", choices=_MACHINES, default="pseries", help="default: %(default)s")
+    parser.add_argument("--cpu", choices=_CPUS, help="default: POWER9, or the machine's own")
+    parser.add_argument("--mmu", choices=_MMUS, help="default: radix, hash on POWER8")
+    parser.add_argument("--smp", type=int, default=1, metavar="N", help="CPUs (default: %(default)s)")
+    parser.add_argument("--memory", default="2G", metavar="SIZE", help="default: %(default)s")
+    parser.add_argument("--crashkernel", default="512M", metavar="SPEC", help="K1's crashkernel= option (default: %(default)s)")
+
+
+def _drill(arguments: argparse.Namespace) -> int:
+    if arguments.judge is not None:
+        return _judge(arguments.judge)
+    twin = _twin(arguments)
+    if arguments.json is not None and str(arguments.json) != "-":
+        _require_writable(arguments.json)
+    placements = PLACEMENTS if arguments.placement == "both" else (cast("PlacementName", arguments.placement),)
+    display = _Display(to_stderr=str(arguments.json) == "-")
+    with _terminable():
+        kernels, userland = _prepare(arguments.kernel, display)
+        outcomes = []
+        for kernel in kernels:
+            display.title(f"{kernel.name} on {twin.title}")
+            for placement in placements:
+                keep = arguments.keep
+                if keep is not None:
+                    keep = keep / kernel.name / placement if len(kernels) > 1 else keep / placement
+                outcomes.append(_run(twin, kernel, placement, userland, display, keep))
+    _write_json(arguments.json, outcomes)
+    return 0 if all(outcome.passed for outcome in outcomes) else 1
+
+
+def _judge(directory: Path) -> int:
+    _require_extra()
+    from crashkernel.drill.record import judge_kept  # noqa: PLC0415
+
+    display = _Display()
+    verdict = judge_kept(directory)
+    display.line("PASS" if verdict.passed else "FAIL", style="bold green" if verdict.passed else "bold red")
+    display.verdict(verdict)
+    return 0 if verdict.passed else 1
+
+
+def _matrix(arguments: argparse.Namespace) -> int:
+    _require_extra()
+    from crashkernel.drill.matrix import CASES, markdown_row, markdown_table, update_document  # noqa: PLC0415
+
+    display = _Display()
+    rows, everything = [], []
+    with _terminable():
+        for number, case in enumerate(CASES, 1):
+            (kernel,), userland = _prepare([case.kernel], display)
+            display.title(f"{number} of {len(CASES)}: {kernel.name} on {case.twin.title}")
+            outcomes = [_run(case.twin, kernel, placement, userland, display, None) for placement in PLACEMENTS]
+            rows.append(markdown_row(case, kernel.name, outcomes))
+            everything += outcomes
+    table = markdown_table(rows)
+    print(table)
+    if arguments.update is not None:
+        update_document(arguments.update, table)
+    _write_json(arguments.json, everything)
+    return 0 if all(outcome.passed for outcome in everything) else 1
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    _require_extra()
+    from crashkernel.drill.scenario import run_bare  # noqa: PLC0415
+
+    if arguments.runs < 1:
+        raise UsageError("--runs must be at least 1")
+    twin = _twin(arguments)
+    display = _Display()
+    ratios: dict[PlacementName, list[float]] = {placement: [] for placement in PLACEMENTS}
+    with _terminable():
+        (kernel,), userland = _prepare([arguments.kernel], display, kexec_tools=True)
+        display.title(f"{kernel.name} on {twin.title}")
+        for _ in range(arguments.runs):
+            with display.drill("bare twin, kexec-tools") as tell:
+                bare = run_bare(twin, kernel, userland, tell)
+            if bare.failure is not None:
+                raise bare.failure
+            display.line(f"bare twin, kexec-tools: {bare.seconds:.1f} s")
+            for placement in PLACEMENTS:
+                outcome = _run(twin, kernel, placement, userland, display, None)
+                if not outcome.passed:
+                    raise StageFailed("bench", f"the {placement} drill failed, so its time means nothing")
+                ratios[placement].append(outcome.seconds / bare.seconds)
+    for placement, values in ratios.items():
+        print(
+            f"drill {placement}: {statistics.median(values):.2f} times the bare twin "
+            f"(median of {len(values)}, {min(values):.2f} to {max(values):.2f}), capture and verification included"
+        )
+    return 0
+
+
+def _run(
+    twin: Twin, kernel: Kernel, placement: PlacementName, userland: Userland, display: _Display, keep: Path | None
+) -> Outcome:
+    from crashkernel.drill.scenario import Scenario, run_drill  # noqa: PLC0415
+
+    with display.drill(placement) as tell:
+        outcome = run_drill(Scenario(twin, kernel, kernel, placement, keep), userland, tell)
+    display.outcome(outcome)
+    return outcome
+
+
+def _twin(arguments: argparse.Namespace) -> Twin:
+    _require_extra()
+    from crashkernel.drill.qemu import Twin  # noqa: PLC0415
+
+    own_cpu = {"powernv9": "POWER9", "powernv10": "POWER10"}
+    cpu = arguments.cpu or own_cpu.get(arguments.machine, "POWER9")
+    mmu = arguments.mmu or ("hash" if cpu == "POWER8" else "radix")
+    return Twin(arguments.machine, cpu, mmu, arguments.smp, parse_size(arguments.memory), arguments.crashkernel)
+
+
+def _prepare(specs: list[str], display: _Display, *, kexec_tools: bool = False) -> tuple[list[Kernel], Userland]:
+    from crashkernel.drill.debian import resolve_kernel  # noqa: PLC0415
+    from crashkernel.drill.guest import fetch_userland  # noqa: PLC0415
+    from crashkernel.drill.qemu import QEMU  # noqa: PLC0415
+
+    if shutil.which(QEMU) is None:
+        raise EnvironmentFault(f"{QEMU} is not installed", hint="apt-get install qemu-system-ppc")
+    with display.busy("packages") as tell:
+        return [resolve_kernel(spec, progress=tell) for spec in specs], fetch_userland(progress=tell, kexec_tools=kexec_tools)
+
+
+def _require_extra() -> None:
+    missing = [name for name in ("numpy", "qemu", "rich") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise EnvironmentFault(f"the drill needs {', '.join(missing)}", hint="pip install 'crashkernel[drill]'")
+
+
+def _require_writable(path: Path) -> None:
+    # said before the drill, not after it
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"cannot write {path}: {path.absolute().parent} is no directory")
+
+
+def _write_json(path: Path | None, outcomes: list[Outcome]) -> None:
+    from crashkernel.drill.record import outcome_record  # noqa: PLC0415
+
+    if path is None:
+        return
+    record: dict[str, Any] = {
+        "verdict": "PASS" if all(outcome.passed for outcome in outcomes) else "FAIL",
+        "drills": [outcome_record(outcome) for outcome in outcomes],
+    }
+    text = json.dumps(record, indent=1)
+    if str(path) == "-":
+        print(text)
+        return
+    try:
+        temporary = path.with_name(path.name + ".new")
+        temporary.write_text(text + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends a drill like Ctrl-C does: QEMU and the working directory go with it."""
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Display:
+    """Live progress on a terminal, plain lines elsewhere; a line stays for each stage that is done."""
+
+    def __init__(self, *, to_stderr: bool = False) -> None:
+        from rich.console import Console  # noqa: PLC0415
+
+        self._console: Console = Console(stderr=to_stderr, highlight=False, soft_wrap=True)
+
+    def line(self, text: str, style: str = "") -> None:
+        self._console.print(text, style=style, markup=False)
+
+    def title(self, text: str) -> None:
+        self.line(text, style="bold")
+
+    @contextlib.contextmanager
+    def busy(self, what: str) -> Iterator[Any]:
+        """A spinner that shows the last message; elsewhere each message is a line."""
+        if self._console.is_terminal:
+            with self._console.status(what) as status:
+                yield lambda text: status.update(f"{what}: {text}")
+        else:
+            yield lambda text: self.line(f"{what}: {text}")
+
+    @contextlib.contextmanager
+    def drill(self, name: str) -> Iterator[Any]:
+        """A listener for `run_drill`."""
+        with contextlib.ExitStack() as stack:
+            status = stack.enter_context(self._console.status(f"{name}: images")) if self._console.is_terminal else None
+            progress = _Progress(self, name, status)
+            try:
+                yield progress
+            finally:
+                progress.close()
+
+    def outcome(self, outcome: Outcome) -> None:
+        """The report of one drill."""
+        placement = outcome.scenario.placement
+        failure = outcome.failure
+        if outcome.passed:
+            self.line(f"{placement}: PASS in {outcome.seconds:.1f} s", style="bold green")
+        else:
+            self.line(f"{placement}: FAIL after {outcome.seconds:.1f} s", style="bold red")
+        if failure is not None:
+            self.line(f"  stage {failure.stage}: {failure.message}")
+            if failure.hint:
+                self.line(f"  likely cause: {failure.hint}")
+            for text in failure.console[-20:]:
+                self.line(f"  console | {text}", style="dim")
+        if outcome.verdict is not None:
+            self.verdict(outcome.verdict)
+        if outcome.dump is not None:
+            self.line(f"  kept in {outcome.dump.parent}")
+
+    def verdict(self, verdict: Verdict) -> None:
+        """The evidence."""
+        self.line(
+            f"  {verdict.bytes_compared:,} of {verdict.k1_bytes:,} bytes of K1's memory compared: "
+            f"{verdict.bytes_wrong:,} wrong, {verdict.bytes_missing:,} missing"
+        )
+        marks = {
+            "K1's first 256 bytes": verdict.first_256_bytes_ok,
+            "nonce": verdict.nonce_found,
+            "panic message": verdict.panic_found,
+            "registers": verdict.registers_ok,
+        }
+        self.line("  of this crash: " + ", ".join(f"{name} {'found' if ok else 'NOT FOUND'}" for name, ok in marks.items()))
+        for wrong in verdict.wrong_ranges:
+            self.line(
+                f"  wrong: {wrong.range}, {wrong.wrong:,} bytes: {wrong.what}" + (f" ({wrong.note})" if wrong.note else "")
+            )
+        for problem in verdict.problems:
+            self.line(f"  problem: {problem}")
+        for what, changed in Counter(
+            e.what.partition(",")[0] if e.what.startswith("VPA") else e.what for e in verdict.exempt
+        ).items():
+            places = f"{changed} place{'s' * (changed != 1)}"
+            self.line(f"  written by firmware after the truth was taken, not counted: {what}, {places}", style="dim")
+
+
+class _Progress:
+    """The listener: a line for every stage that is done, the present one in the status line."""
+
+    def __init__(self, display: _Display, name: str, status: Status | None) -> None:
+        self._display = display
+        self._name = name
+        self._status = status
+        self._stage: Stage | None = None
+        self._since = 0.0
+
+    def __call__(self, stage: Stage, text: str) -> None:
+        if not text:
+            self.close()
+            self._stage, self._since = stage, time.monotonic()
+        if self._status is not None:
+            self._status.update(f"{self._name}: {stage.name}" + (f", {text}" if text else ""))
+
+    def close(self) -> None:
+        if self._stage is not None:
+            self._display.line(f"  {self._name:<9} {self._stage.name:<9} {time.monotonic() - self._since:6.1f} s")
+            self._stage = None

@@ -1,0 +1,104 @@
+"""A drill's outcome as JSON, and the evidence of a kept drill, so that it can be judged again by anyone."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from crashkernel.drill.verdict import Truth, Verdict, judge
+from crashkernel.errors import FormatError, UsageError
+from crashkernel.memory import Range
+from crashkernel.placement.plan import LoadPlan
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from crashkernel.drill.scenario import Outcome
+
+DUMP, TRUTH, PLAN, CONSOLE, EVIDENCE = "vmcore", "truth", "plan.json", "console.log", "evidence.json"
+"""Names of the files of a kept drill."""
+
+
+def outcome_record(outcome: Outcome) -> dict[str, Any]:
+    """One placement's result; the fields are the documented ones, sizes in bytes, times in seconds."""
+    verdict = outcome.verdict or Verdict()
+    failure = outcome.failure
+    return {
+        "placement": outcome.scenario.placement,
+        "verdict": "PASS" if outcome.passed else "FAIL",
+        **verdict_record(verdict),
+        "failure": None
+        if failure is None
+        else {"stage": failure.stage, "message": failure.message, "likely": failure.hint, "console": list(failure.console)},
+        "stages": outcome.stages,
+        "seconds": outcome.seconds,
+        "kernel": outcome.scenario.k1.name,
+        "machine": outcome.scenario.twin.title,
+        "dump": str(outcome.dump) if outcome.dump else None,
+        "plan": json.loads(outcome.plan.to_json()) if outcome.plan else None,
+    }
+
+
+def verdict_record(verdict: Verdict) -> dict[str, Any]:
+    """The verdict's part of the record."""
+    return {
+        "k1_bytes": verdict.k1_bytes,
+        "bytes_compared": verdict.bytes_compared,
+        "bytes_wrong": verdict.bytes_wrong,
+        "bytes_missing": verdict.bytes_missing,
+        "wrong_ranges": [
+            {"range": str(wrong.range), "wrong": wrong.wrong, "what": wrong.what, "note": wrong.note}
+            for wrong in verdict.wrong_ranges
+        ],
+        "exempt": [{"range": str(e.range), "what": e.what, "changed": e.changed} for e in verdict.exempt],
+        "first_256_bytes_ok": verdict.first_256_bytes_ok,
+        "nonce_found": verdict.nonce_found,
+        "panic_found": verdict.panic_found,
+        "registers_ok": verdict.registers_ok,
+        "problems": verdict.problems,
+    }
+
+
+def evidence_json(truth: Truth) -> str:
+    """What the host knew of the crash, but for the memory itself, which lies beside it in the file `truth`."""
+    return json.dumps(
+        {
+            "head": truth.head.hex(),
+            "memory_size": truth.memory_size,
+            "reserved": str(truth.reserved),
+            "nonce": truth.nonce.hex(),
+            "panic": truth.panic,
+            "release": truth.release,
+            "crashed_pid": truth.crashed_pid,
+        },
+        indent=1,
+    )
+
+
+def judge_kept(directory: Path) -> Verdict:
+    """Judge the drill kept in `directory` once more.
+
+    :raise UsageError: it holds no kept drill.
+    """
+    try:
+        plan = LoadPlan.from_json((directory / PLAN).read_text(), str(directory / PLAN))
+        raw = json.loads((directory / EVIDENCE).read_text())
+        start, _, end = raw["reserved"].partition("-")
+        truth = Truth(
+            memory=directory / TRUTH,
+            head=bytes.fromhex(raw["head"]),
+            memory_size=int(raw["memory_size"]),
+            reserved=Range(int(start, 16), int(end, 16)),
+            nonce=bytes.fromhex(raw["nonce"]),
+            panic=str(raw["panic"]),
+            release=str(raw["release"]),
+            crashed_pid=int(raw["crashed_pid"]),
+        )
+        return judge(directory / DUMP, truth, plan)
+    except OSError as error:
+        raise UsageError(
+            f"{directory} holds no kept drill: {error.filename}: {error.strerror}",
+            hint="keep one with `crashkernel drill --keep DIR`",
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"not the evidence of a drill: {error!r}", source=str(directory / EVIDENCE)) from error

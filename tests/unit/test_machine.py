@@ -1,0 +1,480 @@
+"""What a machine is read from: device trees written here, captured from QEMU, and the files of a live host."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from crashkernel.errors import CrashkernelError, EnvironmentFault, FormatError
+from crashkernel.formats.fdt import DeviceTree, Node
+from crashkernel.machine import Cpu, Lmb, Region
+from crashkernel.machine.devicetree import dynamic_memory, machine_from_tree, memory_nodes
+from crashkernel.machine.live import read_machine, read_tree
+from crashkernel.memory import Range, RangeSet
+from support.elfwriter import Part, write_elf
+from support.machines import GIB, HEAD, KERNEL_BASE, MIB, Block, cpu_node, drmem_node, memory_node, tree, u32, u64
+
+QEMU = "qemu-system-ppc64"
+
+
+class TestMemory:
+    def test_memory_nodes_of_all_names_and_entries_become_one_set(self):
+        nodes = [memory_node(0, GIB), memory_node(GIB, 512 * MIB, 512 * MIB), memory_node(16 * GIB, GIB)]
+        found = machine_from_tree(tree(memory=nodes))
+        assert found.memory == RangeSet([Range(0, 2 * GIB), Range(16 * GIB, 17 * GIB)])
+
+    def test_a_node_counts_by_its_type_not_by_its_name(self):
+        odd = Node("ram@0", {"device_type": b"memory\0", "reg": u64(0, GIB)})
+        false = Node("memory@40000000", {"reg": u64(GIB, GIB)})
+        root = tree(memory=[odd, false])
+        assert machine_from_tree(root).memory == RangeSet([Range(0, GIB)])
+        assert memory_nodes(root) == (odd,)
+
+    def test_empty_entries_of_reg_are_no_memory(self):
+        node = Node("memory@0", {"device_type": b"memory\0", "reg": u64(0, GIB, 4 * GIB, 0)})
+        assert machine_from_tree(tree(memory=[node])).memory == RangeSet([Range(0, GIB)])
+
+    def test_one_cell_addresses(self):
+        node = Node("memory@0", {"device_type": b"memory\0", "reg": u32(0, GIB)})
+        root = tree(memory=[node], properties={"#address-cells": u32(1), "#size-cells": u32(1)})
+        assert machine_from_tree(root).memory == RangeSet([Range(0, GIB)])
+
+    @pytest.mark.parametrize("reg", [b"", u64(0), u32(1), u64(0, 0)])
+    def test_no_memory_is_refused(self, reg):
+        node = Node("memory@0", {"device_type": b"memory\0", "reg": reg})
+        with pytest.raises(FormatError, match="no /memory node") as caught:
+            machine_from_tree(tree(memory=[node]), source="x.dtb")
+        assert caught.value.source == "x.dtb"
+        assert caught.value.hint
+
+    def test_impossible_cells_are_refused(self):
+        with pytest.raises(FormatError, match="#size-cells 3"):
+            machine_from_tree(tree(properties={"#size-cells": u32(3)}))
+
+
+class TestDynamicMemory:
+    LMB = 256 * MIB
+
+    @pytest.mark.parametrize("version", [1, 2])
+    @pytest.mark.parametrize(
+        ("flags", "usable"),
+        [(0x8, True), (0x0, False), (0x80, False), (0x88, False), (0x108, True), (0x48, True)],
+        ids=["assigned", "unassigned", "reserved", "assigned-and-reserved", "hotremovable", "invalid-affinity"],
+    )
+    def test_flags(self, version, flags, usable):
+        root = tree(extra=[drmem_node(self.LMB, [Block(4 * GIB, 1, flags)], version)])
+        assert dynamic_memory(root) == (Lmb(Range.sized(4 * GIB, self.LMB), usable),)
+        assert machine_from_tree(root).memory.covers(Range.sized(4 * GIB, self.LMB)) is usable
+
+    @given(
+        st.lists(st.builds(Block, st.integers(0, 64).map(lambda n: n * GIB), st.integers(0, 3), st.sampled_from((0, 8, 0x88))))
+    )
+    def test_both_versions_say_the_same(self, blocks):
+        first, second = (dynamic_memory(tree(extra=[drmem_node(self.LMB, blocks, version)])) for version in (1, 2))
+        assert first == second
+        assert [lmb.range.start for lmb in first] == [b.base + i * self.LMB for b in blocks for i in range(b.count)]
+
+    def test_version_1_rules_when_both_are_there(self):
+        node = drmem_node(self.LMB, [Block(4 * GIB)], 1)
+        both = node.with_property("ibm,dynamic-memory-v2", u32(0))
+        assert len(dynamic_memory(tree(extra=[both]))) == 1
+
+    def test_without_blocks_or_block_size_there_is_none(self):
+        assert dynamic_memory(tree()) == ()
+        node = drmem_node(self.LMB, [Block(4 * GIB)], 1)
+        assert dynamic_memory(tree(extra=[node.without("ibm,lmb-size")])) == ()
+        assert dynamic_memory(tree(extra=[node.with_property("ibm,lmb-size", u64(0))])) == ()
+        assert dynamic_memory(tree(extra=[node.without("ibm,dynamic-memory")])) == ()
+
+    @pytest.mark.parametrize("version", [1, 2])
+    @pytest.mark.parametrize("cut", [1, 4, 24, 26, 27, 28])
+    def test_a_property_shorter_than_its_count_is_refused(self, version, cut):
+        node = drmem_node(self.LMB, [Block(4 * GIB)], version)
+        name = "ibm,dynamic-memory" if version == 1 else "ibm,dynamic-memory-v2"
+        short = node.with_property(name, node.properties[name][:-cut])
+        with pytest.raises(FormatError, match=name):
+            machine_from_tree(tree(extra=[short]))
+
+    @pytest.mark.parametrize("version", [1, 2])
+    def test_a_wrong_count_is_refused_at_once(self, version):
+        node = drmem_node(self.LMB, [Block(4 * GIB)], version)
+        name = "ibm,dynamic-memory" if version == 1 else "ibm,dynamic-memory-v2"
+        lying = node.with_property(name, u32(0xFFFFFFFF) + node.properties[name][4:])
+        with pytest.raises(FormatError, match="4294967295 entries"):
+            machine_from_tree(tree(extra=[lying]))
+
+    def test_a_run_of_billions_is_refused_at_once(self):
+        with pytest.raises(FormatError, match="claims 4294967295 memory blocks"):
+            dynamic_memory(tree(extra=[drmem_node(self.LMB, [Block(4 * GIB, 0xFFFFFFFF)], 2)]))
+
+
+class TestFirmware:
+    def test_rtas(self):
+        assert machine_from_tree(tree(rtas=Range.sized(0x2FFF0000, 0x10000))).firmware == (
+            Region("RTAS", Range.sized(0x2FFF0000, 0x10000)),
+        )
+
+    def test_rtas_that_was_not_instantiated_is_nowhere(self):
+        root = tree(extra=[Node("rtas", {"rtas-size": u32(0x10000)})])
+        assert machine_from_tree(root).firmware == ()
+        assert machine_from_tree(tree(extra=[Node("rtas", {"linux,rtas-base": u32(0x1000)})])).firmware == ()
+
+    def test_opal_and_the_platform(self):
+        root = tree(platform="powernv", opal=Range.sized(0x30000000, 0x2200000))
+        found = machine_from_tree(root)
+        assert found.platform == "powernv"
+        assert found.firmware == (Region("OPAL", Range.sized(0x30000000, 0x2200000)),)
+        assert machine_from_tree(tree()).platform == "pseries"
+
+    def test_opal_without_an_address_is_no_region(self):
+        assert machine_from_tree(tree(platform="powernv")).firmware == ()
+
+    def test_tce_tables_anywhere_in_the_tree(self):
+        bridge = Node("pci@1", {"linux,tce-base": u64(0x7F000000), "linux,tce-size": u32(0x400000)})
+        empty = Node("pci@2", {"linux,tce-base": u64(0x7F000000), "linux,tce-size": u32(0)})
+        found = machine_from_tree(tree(extra=[Node("axon", {}, (bridge, empty))]))
+        assert found.firmware == (Region("TCE /axon/pci@1", Range.sized(0x7F000000, 0x400000)),)
+
+    def reserved_memory(self) -> Node:
+        cells = {"#address-cells": u32(2), "#size-cells": u32(2), "ranges": b""}
+        return Node(
+            "reserved-memory",
+            cells,
+            (
+                Node("ibm,hbrt-code@39c00000", {"reg": u64(0x39C00000, 0x100000)}),
+                Node("two", {"reg": u64(0x3A000000, 0x10000, 0x3B000000, 0x10000)}),
+                Node("on-demand", {"size": u64(0x100000)}),
+            ),
+        )
+
+    def test_reserved_memory_rules_over_reserved_ranges(self):
+        expected = (
+            Region("ibm,hbrt-code", Range.sized(0x39C00000, 0x100000)),
+            Region("two", Range.sized(0x3A000000, 0x10000)),
+            Region("two", Range.sized(0x3B000000, 0x10000)),
+        )
+        both = tree(extra=[self.reserved_memory()], properties={"reserved-ranges": u64(0x1000, 0x1000)})
+        assert machine_from_tree(both).firmware == expected
+
+    def test_reserved_ranges_alone(self):
+        found = machine_from_tree(tree(properties={"reserved-ranges": u64(0x30000000, 0x10000, 0, 0, 0x31000000, 0x20000)}))
+        assert found.firmware == (
+            Region("reserved", Range.sized(0x30000000, 0x10000)),
+            Region("reserved", Range.sized(0x31000000, 0x20000)),
+        )
+        assert found.firmware_ranges.total == 0x30000
+
+
+class TestChosen:
+    def test_region_initrd_and_command_line(self):
+        found = machine_from_tree(
+            tree(region=Range.sized(0x20000000, 512 * MIB), initrd=Range(0x3000000, 0x3123456), bootargs="quiet splash")
+        )
+        assert found.reserved == Range.sized(0x20000000, 512 * MIB)
+        assert found.initrd == Range(0x3000000, 0x3123456)
+        assert found.cmdline == "quiet splash"
+
+    def test_numbers_of_one_or_two_cells(self):
+        chosen = {"linux,initrd-start": u32(0x3000000), "linux,initrd-end": u64(0x3100000)}
+        root = tree().with_children([memory_node(0, GIB), Node("chosen", chosen)])
+        assert machine_from_tree(root).initrd == Range(0x3000000, 0x3100000)
+
+    @pytest.mark.parametrize("size", [None, 0])
+    def test_no_region(self, size):
+        chosen = {"linux,crashkernel-base": u64(0x20000000)}
+        if size is not None:
+            chosen["linux,crashkernel-size"] = u64(size)
+        assert machine_from_tree(tree().with_children([memory_node(0, GIB), Node("chosen", chosen)])).reserved is None
+
+    def test_an_initrd_that_ends_before_it_starts_is_none(self):
+        chosen = {"linux,initrd-start": u64(5), "linux,initrd-end": u64(5)}
+        assert machine_from_tree(tree().with_children([memory_node(0, GIB), Node("chosen", chosen)])).initrd is None
+
+    def test_a_tree_with_nothing_but_memory(self):
+        found = machine_from_tree(Node("", {}, (memory_node(0, GIB),)))
+        assert (found.reserved, found.initrd, found.cmdline, found.cpus, found.model) == (None, None, "", (), "")
+        assert found.mmu == "hash"
+        assert found.timebase_hz == 512_000_000
+
+
+class TestProcessors:
+    def test_the_rma_of_a_partition_is_the_first_entry_of_its_first_node(self):
+        nodes = [memory_node(4 * GIB, GIB), memory_node(0, 256 * MIB, 768 * MIB)]
+        assert machine_from_tree(tree(memory=nodes)).real_mode == Range(0, 256 * MIB)
+
+    def test_bare_metal_reaches_everything(self):
+        nodes = [memory_node(0, GIB), memory_node(16 * GIB, GIB)]
+        assert machine_from_tree(tree(memory=nodes, platform="powernv")).real_mode == Range(0, 17 * GIB)
+
+    def test_threads_count_as_cpus(self):
+        cpus = Node("cpus", {}, (cpu_node(0, threads=4), cpu_node(8, threads=4), Node("l2-cache@2000", {})))
+        root = tree(cpus=0).with_children([memory_node(0, GIB), cpus])
+        assert machine_from_tree(root).cpus == tuple(Cpu(number) for number in range(8))
+
+    def test_a_cpu_without_server_numbers_is_one_thread(self):
+        cpus = Node("cpus", {}, (cpu_node(0, servers=False), cpu_node(8, servers=False)))
+        assert len(machine_from_tree(Node("", {}, (memory_node(0, GIB), cpus))).cpus) == 2
+
+    @pytest.mark.parametrize(("radix", "mmu"), [(True, "radix"), (False, "hash")])
+    def test_what_the_cpu_can_do(self, radix, mmu):
+        assert machine_from_tree(tree(radix=radix)).mmu == mmu
+
+    def test_the_timebase(self):
+        cpus = Node("cpus", {}, (cpu_node(0, timebase=None), cpu_node(1, timebase=14_318_000)))
+        assert machine_from_tree(Node("", {}, (memory_node(0, GIB), cpus))).timebase_hz == 14_318_000
+
+
+class TestHostile:
+    @given(st.data())
+    def test_a_tree_of_noise_is_read_or_refused(self, data):
+        names = ["reg", "device_type", "#address-cells", "#size-cells", "linux,crashkernel-base", "linux,crashkernel-size"]
+        names += ["linux,rtas-base", "rtas-size", "opal-base-address", "opal-runtime-size", "reserved-ranges", "bootargs"]
+        names += ["ibm,lmb-size", "ibm,dynamic-memory-v2", "linux,tce-base", "linux,tce-size", "linux,initrd-start"]
+        values = st.binary(max_size=20) | st.sampled_from((b"memory\0", b"cpu\0", u32(2), u32(0xFFFFFFFF), u64(0, GIB)))
+        properties = st.dictionaries(st.sampled_from(names), values, max_size=6)
+        kinds = ["memory@0", "cpus", "chosen", "rtas", "ibm,opal", "reserved-memory", "ibm,dynamic-reconfiguration-memory"]
+        leaf = st.builds(Node, st.sampled_from(kinds), properties)
+        nodes = st.builds(Node, st.sampled_from(kinds), properties, st.lists(leaf, max_size=2).map(tuple))
+        root = data.draw(st.builds(Node, st.just(""), properties, st.lists(nodes, max_size=5).map(tuple)))
+        with contextlib.suppress(FormatError):
+            machine_from_tree(root)
+
+
+def dump_tree(tmp_path, *arguments: str) -> Node:
+    """The tree QEMU's own firmware interface hands to a guest."""
+    if shutil.which(QEMU) is None:
+        pytest.skip(f"{QEMU} is not installed")
+    blob = tmp_path / "machine.dtb"
+    machine, *rest = arguments
+    command = [QEMU, "-M", f"{machine},dumpdtb={blob}", "-display", "none", "-nodefaults", *rest]
+    subprocess.run(command, check=False, capture_output=True, timeout=60)
+    return DeviceTree.from_bytes(blob.read_bytes(), str(blob)).root
+
+
+class TestCaptured:
+    """What QEMU's machines say of themselves, before any firmware or kernel added to it."""
+
+    @pytest.mark.parametrize(
+        ("cpu", "mmu", "platform_memory"),
+        [("POWER8", "hash", 1 << 30), ("POWER9", "radix", 2 << 30), ("POWER10", "radix", 1 << 30)],
+    )
+    def test_pseries(self, tmp_path, cpu, mmu, platform_memory):
+        found = machine_from_tree(dump_tree(tmp_path, "pseries", "-cpu", cpu, "-smp", "2", "-m", str(platform_memory >> 20)))
+        assert (found.platform, found.mmu, len(found.cpus)) == ("pseries", mmu, 2)
+        assert found.memory == RangeSet([Range(0, platform_memory)])
+        assert found.real_mode.start == 0
+        assert found.real_mode.size <= platform_memory
+        assert found.timebase_hz == 512_000_000
+        assert found.reserved is None
+        assert "QEMU" in found.model or "pSeries" in found.model
+
+    def test_the_rma_of_a_machine_with_numa_nodes(self, tmp_path):
+        arguments = ["-cpu", "POWER9", "-smp", "2", "-m", "2048"]
+        arguments += ["-object", "memory-backend-ram,id=a,size=1G", "-object", "memory-backend-ram,id=b,size=1G"]
+        arguments += ["-numa", "node,memdev=a", "-numa", "node,memdev=b"]
+        found = machine_from_tree(dump_tree(tmp_path, "pseries", *arguments))
+        assert found.memory == RangeSet([Range(0, 2 * GIB)])
+        assert found.real_mode == Range(0, GIB)
+
+    @pytest.mark.parametrize(("machine", "memory"), [("powernv8", 1 << 30), ("powernv9", 2 << 30), ("powernv10", 2 << 30)])
+    def test_powernv(self, tmp_path, machine, memory):
+        root = dump_tree(tmp_path, machine, "-smp", "2", "-m", str(memory >> 20))
+        # skiboot adds ibm,opal; until then the tree looks like any other
+        booted = root.with_children([*root.children, Node("ibm,opal", {"opal-base-address": u64(0x30000000)})])
+        found = machine_from_tree(booted)
+        assert found.platform == "powernv"
+        assert found.memory == RangeSet([Range(0, memory)])
+        assert found.real_mode == Range(0, memory)
+        assert len(found.cpus) == 2
+
+
+class Host:
+    """A root directory with the files of a live K1."""
+
+    def __init__(self, root) -> None:
+        self.root = root
+        self.region = Range.sized(0x20000000, 512 * MIB)
+        self.write_tree(tree(region=self.region, cpus=2), root / "proc/device-tree")
+        self.write("proc/cmdline", "root=/dev/sda1 crashkernel=512M\n")
+        self.write("proc/cpuinfo", "processor\t: 0\ncpu\t\t: POWER9\n\ntimebase\t: 512000000\nMMU\t\t: Radix\n")
+        self.write("proc/kallsyms", self.symbols())
+        self.write("sys/kernel/vmcoreinfo", "0x000000000a310000 1024\n")
+        self.write("sys/devices/system/cpu/online", "0-1\n")
+        for number in range(2):
+            self.write(f"sys/devices/system/cpu/cpu{number}/crash_notes", f"{0x7F000000 + 0x1000 * number:x}\n")
+            self.write(f"sys/devices/system/cpu/cpu{number}/crash_notes_size", "920\n")
+        self.write("sys/devices/system/cpu/cpufreq/note", "not a cpu")
+        self.write_core()
+
+    def write(self, name: str, content: str | bytes) -> None:
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    def write_tree(self, node: Node, directory) -> None:
+        directory.mkdir(parents=True)
+        (directory / "name").write_bytes(node.name.split("@")[0].encode() + b"\0")
+        for name, value in node.properties.items():
+            (directory / name).write_bytes(value)
+        for child in node.children:
+            self.write_tree(child, directory / child.name)
+
+    def write_core(self, base: int = KERNEL_BASE, size: int = 0x1000) -> None:
+        other = Part(vaddr=0xC00A000000000000, data=bytes(64))
+        memory = Part(vaddr=base, data=(HEAD * 16)[:size])
+        self.write("proc/kcore", write_elf("little", [other, memory], kind=4))
+
+    @staticmethod
+    def symbols(hidden: bool = False) -> str:
+        places = {"_stext": 0, "_etext": 0xF00000, "__init_begin": 0x1800000, "__init_end": 0x1A00000, "_end": 0x287C918}
+        lines = [f"{0 if hidden else KERNEL_BASE + 0x100:016x} T start_here"]
+        lines += [f"{0 if hidden else KERNEL_BASE + at:016x} T {name}" for name, at in places.items()]
+        lines += ["c008000000000000 t _stext\t[module]", "c008000000000000 t __init_begin\t[module]"]
+        return "\n".join(lines) + "\n"
+
+
+@pytest.fixture
+def host(tmp_path):
+    return Host(tmp_path)
+
+
+class TestLive:
+    def test_everything(self, host):
+        found = read_machine(host.root)
+        assert found.platform == "pseries"
+        assert found.mmu == "radix"
+        assert found.reserved == host.region
+        assert found.memory == RangeSet([Range(0, 2 * GIB)])
+        assert found.cpus == (Cpu(0, Range.sized(0x7F000000, 920)), Cpu(1, Range.sized(0x7F001000, 920)))
+        assert found.vmcoreinfo == Range.sized(0xA310000, 0x1024)
+        assert found.head == HEAD
+        assert found.cmdline == "root=/dev/sda1 crashkernel=512M"
+        assert found.byteorder == sys.byteorder
+        assert found.page_size == os.sysconf("SC_PAGESIZE")
+        assert found.k1_layout == (
+            Region("K1 text", Range(0, 0xF00000)),
+            Region("K1 read-only data", Range(0xF00000, 0x1800000)),
+            Region("K1 freed init", Range(0x1800000, 0x1A00000)),
+            Region("K1 data", Range(0x1A00000, 0x287C918)),
+        )
+
+    def test_the_tree_of_a_directory_is_the_tree(self, host):
+        written = tree(region=host.region, cpus=2)
+        read = read_tree(host.root / "proc/device-tree")
+        assert {path for path, _ in read.walk()} == {path for path, _ in written.walk()}
+        for path, node in written.walk():
+            assert dict(read.find(path).properties) == dict(node.properties), path
+
+    def test_a_link_to_the_tree_is_followed_and_links_in_it_are_not(self, host):
+        proc = host.root / "proc"
+        (proc / "device-tree").rename(host.root / "base")
+        (proc / "device-tree").symlink_to(host.root / "base")
+        (host.root / "base/loop").symlink_to(host.root / "base")
+        assert read_machine(host.root).platform == "pseries"
+        assert read_tree(proc / "device-tree").child("loop") is None
+
+    def test_a_machine_of_another_kind(self, tmp_path):
+        with pytest.raises(EnvironmentFault, match="not a POWER machine") as caught:
+            read_machine(tmp_path)
+        assert caught.value.hint
+
+    @pytest.mark.parametrize(
+        ("line", "mmu"), [("MMU\t\t: Hash\n", "hash"), ("MMU\t\t: Radix\n", "radix"), ("platform\t: pSeries\n", "radix")]
+    )
+    def test_the_mmu_in_use(self, host, line, mmu):
+        host.write("proc/cpuinfo", "cpu\t\t: POWER9\n" + line)
+        assert read_machine(host.root).mmu == mmu
+
+    def test_cpus_in_numeric_order_and_which_are_online(self, host):
+        for number in (10, 2):
+            host.write(f"sys/devices/system/cpu/cpu{number}/crash_notes", "1000\n")
+            host.write(f"sys/devices/system/cpu/cpu{number}/crash_notes_size", "400\n")
+        host.write("sys/devices/system/cpu/online", "0,2-3\n")
+        assert [(cpu.number, cpu.online) for cpu in read_machine(host.root).cpus] == [
+            (0, True),
+            (1, False),
+            (2, True),
+            (10, False),
+        ]
+
+    def test_a_kernel_that_keeps_no_notes(self, host):
+        for number in range(2):
+            (host.root / f"sys/devices/system/cpu/cpu{number}/crash_notes").unlink()
+        (host.root / "sys/kernel/vmcoreinfo").unlink()
+        found = read_machine(host.root)
+        assert found.cpus == ()
+        assert found.vmcoreinfo is None
+
+    def test_garbage_in_vmcoreinfo(self, host):
+        host.write("sys/kernel/vmcoreinfo", "what\n")
+        assert read_machine(host.root).vmcoreinfo is None
+
+    @pytest.mark.parametrize("symbols", [Host.symbols(hidden=True), "", "c000000000000000 T _stext\n"])
+    def test_hidden_or_missing_symbols(self, host, symbols):
+        host.write("proc/kallsyms", symbols)
+        assert read_machine(host.root).k1_layout == ()
+
+    def test_no_symbols_at_all(self, host):
+        (host.root / "proc/kallsyms").unlink()
+        assert read_machine(host.root).k1_layout == ()
+
+    def test_no_kcore(self, host):
+        (host.root / "proc/kcore").unlink()
+        assert read_machine(host.root).head == b""
+
+    def test_kcore_that_may_not_be_read(self, host, monkeypatch):
+        # root may read every file, so the refusal is put where the kernel would give it
+        kcore = host.root / "proc/kcore"
+        real = type(kcore).open
+
+        def refuse(path, *arguments, **keywords):
+            if path == kcore:
+                raise PermissionError(1, "Operation not permitted", str(path))
+            return real(path, *arguments, **keywords)
+
+        monkeypatch.setattr(type(kcore), "open", refuse)
+        assert read_machine(host.root).head == b""
+
+    @pytest.mark.parametrize(("base", "size"), [(KERNEL_BASE + 0x10000, 0x1000), (KERNEL_BASE, 0x80)])
+    def test_kcore_without_the_first_bytes(self, host, base, size):
+        host.write_core(base, size)
+        assert read_machine(host.root).head == b""
+
+    def test_the_head_in_the_middle_of_a_segment(self, host):
+        part = Part(vaddr=KERNEL_BASE - 0x80, data=b"\xff" * 0x80 + HEAD)
+        host.write("proc/kcore", write_elf("big", [part], kind=4))
+        assert read_machine(host.root).head == HEAD
+
+    @pytest.mark.parametrize("content", [b"", b"\x7fELF", bytes(4096)], ids=["masked-by-a-container", "cut", "zeros"])
+    def test_kcore_that_is_no_core(self, host, content):
+        host.write("proc/kcore", content)
+        assert read_machine(host.root).head == b""
+
+    def test_notes_that_only_root_may_read(self, host, monkeypatch):
+        real = type(host.root).read_text
+
+        def refuse(path, *arguments, **keywords):
+            if path.name == "crash_notes":
+                raise PermissionError(13, "Permission denied", str(path))
+            return real(path, *arguments, **keywords)
+
+        monkeypatch.setattr(type(host.root), "read_text", refuse)
+        with pytest.raises(CrashkernelError, match="crash_notes"):
+            read_machine(host.root)
+
+    def test_a_tree_that_only_root_may_read(self, host, monkeypatch):
+        real = os.scandir
+
+        def refuse(path):
+            if str(path).endswith("cpus"):
+                raise PermissionError(13, "Permission denied", str(path))
+            return real(path)
+
+        monkeypatch.setattr(os, "scandir", refuse)
+        with pytest.raises(EnvironmentFault, match=r"cpus.*run as root"):
+            read_machine(host.root)

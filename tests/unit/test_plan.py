@@ -1,0 +1,642 @@
+"""Plans: what holds for every machine, what is refused, and what a plan from outside is held against."""
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, assume, event, given, settings
+from hypothesis import strategies as st
+
+from crashkernel.errors import CrashkernelError, FormatError, PlanError
+from crashkernel.formats.fdt import BOOT_CPUID_OFFSET, DeviceTree, Node
+from crashkernel.machine import HEAD_SIZE, Machine, Region
+from crashkernel.machine.devicetree import DYNAMIC_MEMORY_NODE, dynamic_memory, memory_ranges
+from crashkernel.memory import Range, RangeSet, align_up
+from crashkernel.placement import EARLY_ALLOCATIONS, LINEAR_MAP_BLOCK, PAGE, plan_load
+from crashkernel.placement.image import KernelImage
+from crashkernel.placement.moves import K1, LINE, Copy, Exchange, Put
+from crashkernel.placement.plan import PLACEMENTS, LoadPlan, describe_move
+from crashkernel.placement.tree import capture_tree
+from crashkernel.purgatory import MAX_MOVES, pack
+from support.machines import GIB, HEAD, MIB, Block, drmem_node, kernel, machine, memory_node, small_machine, small_plan, tree
+
+every_placement = pytest.mark.parametrize("placement", PLACEMENTS)
+pages = lambda low, high: st.integers(low // PAGE, high // PAGE).map(lambda n: n * PAGE)  # noqa: E731
+
+
+def make_plan(found: Machine, image: KernelImage, placement: str, initrd_size: int = 5 * MIB) -> LoadPlan:
+    return plan_load(found, image, initrd_size, "console=hvc0 irqpoll", placement)
+
+
+@st.composite
+def machines(draw: st.DrawFn) -> Machine:
+    """Partitions and bare metal of 512 MiB to some GiB, with a region, firmware, and sometimes dynamic memory."""
+    radix = draw(st.booleans())
+    platform = draw(st.sampled_from(("pseries", "powernv")))
+    low_size = draw(st.sampled_from((512 * MIB, GIB, 2 * GIB)))
+    nodes = [memory_node(0, *draw(st.sampled_from(((low_size,), (low_size // 2, low_size // 2)))))]
+    if draw(st.booleans()):
+        nodes.append(memory_node(draw(st.sampled_from((4, 8))) * GIB, GIB))
+    extra = []
+    if draw(st.booleans()):
+        blocks = [Block(16 * GIB, draw(st.integers(1, 3))), Block(17 * GIB, 1, draw(st.sampled_from((8, 0x88, 0))))]
+        extra.append(drmem_node(256 * MIB, blocks, draw(st.sampled_from((1, 2)))))
+    start = draw(pages(16 * MIB, 400 * MIB))
+    region = Range(start, min(low_size, start + draw(pages(32 * MIB, 512 * MIB))))
+    firmware = draw(st.none() | pages(0, low_size - MIB).map(lambda at: Range.sized(at, 0x30000)))
+    odd = draw(st.sampled_from((0, 0x800)))  # firmware need not keep to pages
+    where = Range(firmware.start + odd, firmware.end) if firmware else None
+    root = tree(
+        memory=nodes,
+        region=region,
+        platform=platform,
+        radix=radix,
+        cpus=draw(st.sampled_from((1, 2, 8))),
+        rtas=where if platform == "pseries" else None,
+        opal=where if platform == "powernv" else None,
+        extra=extra,
+    )
+    return machine(root, notes_at=12 * MIB, layout_end=8 * MIB)
+
+
+images = st.builds(kernel, st.integers(1 * MIB, 90 * MIB), st.just(MIB))
+
+
+def check_invariants(plan: LoadPlan, found: Machine, image: KernelImage) -> None:
+    """What must hold whoever made the plan, from first principles rather than through `check_plan`."""
+    firmware = RangeSet(region.range for region in found.firmware)
+    placed = RangeSet(segment.range for segment in plan.segments)
+    assert placed.total == sum(segment.range.size for segment in plan.segments), "segments overlap"
+    assert all(found.reserved.contains(r) for r in placed)
+    assert all(found.real_mode.contains(r) for r in placed), "the purgatory and K2's head run with translation off"
+    assert not placed & firmware
+    assert all(value % PAGE == 0 for segment in plan.segments for value in (segment.range.start, segment.range.end))
+
+    k1 = found.memory - RangeSet([found.reserved])
+    assert plan.k1_memory == k1
+    assert RangeSet(kept.range for kept in plan.kept) == k1
+    assert sum(kept.range.size for kept in plan.kept) == k1.total, "a byte is kept twice"
+    places = RangeSet(Range.sized(kept.location, kept.range.size) for kept in plan.kept)
+    assert places.total == k1.total, "two bytes are kept in one place"
+    assert not places & plan.k2_memory, "K2 may overwrite K1"
+    assert not places - found.memory
+    assert all(before.range.end <= after.range.start for before, after in pairwise(plan.kept))
+
+    assert not plan.k2_memory - found.memory
+    assert not plan.k2_memory & firmware
+    assert plan.k2_memory & RangeSet([Range(0, PAGE)]), "K2 has no memory for its exception vectors"
+    assert not plan.k2_memory - plan.k2_mapped
+    assert plan.k2_memory.covers(Range.sized(plan.entry, image.span)), "K2 runs outside of its memory"
+    for segment in plan.segments:
+        if segment.content != "kernel":
+            assert plan.k2_memory.covers(segment.range), "K2 cannot reach what it is handed"
+
+    touched = [Range.sized(m.dst, m.size) for m in plan.moves]
+    touched += [Range.sized(m.src, m.size) for m in plan.moves if not isinstance(m, Put)]
+    quiet = RangeSet(s.range for s in plan.segments if s.content != "kernel")
+    assert not RangeSet(touched) & firmware
+    assert not RangeSet(touched) & quiet, "a move destroys what was loaded"
+    assert len(plan.moves) <= MAX_MOVES
+    assert pack(0, plan.moves, HEAD, fdt=0, entry=0)
+
+
+def simulate(plan: LoadPlan) -> np.ndarray:
+    """For each line of memory the line of K1 it holds at capture time, or a negative number: the moves made for real."""
+    lines = [index for r in plan.memory for index in range(r.start // LINE, r.end // LINE)]
+    memory = np.full(max(lines) + 1, -1, np.int64)
+    memory[lines] = lines
+    memory[plan.reserved.start // LINE : plan.reserved.end // LINE] = -1
+    for segment in plan.segments:
+        if segment.content == "kernel":
+            at = segment.range.start // LINE
+            count = segment.range.size // LINE
+            memory[at : at + count] = -2 - np.arange(segment.origin // LINE, segment.origin // LINE + count)
+    memory[: HEAD_SIZE // LINE] = -1  # kexec_sequence: the purgatory's head
+    for move in plan.moves:
+        dst = slice(move.dst // LINE, (move.dst + move.size) // LINE)
+        if isinstance(move, Put):
+            memory[dst] = np.arange(dst.start, dst.stop)
+            continue
+        src = slice(move.src // LINE, (move.src + move.size) // LINE)
+        arriving = memory[src].copy()
+        if isinstance(move, Exchange):
+            memory[src] = memory[dst]
+        memory[dst] = arriving
+    return memory
+
+
+class TestEveryMachine:
+    @settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+    @given(machines(), images, st.sampled_from(PLACEMENTS), st.sampled_from((0, 70_000, 20 * MIB)))
+    def test_a_plan_keeps_its_promises_or_there_is_none(self, found, image, placement, initrd_size):
+        try:
+            plan = make_plan(found, image, placement, initrd_size)
+        except PlanError as error:
+            event(f"{placement}: refused")
+            assert "\n" not in str(error)
+            return
+        event(f"{placement}: planned")
+        check_invariants(plan, found, image)
+        assert LoadPlan.from_json(plan.to_json()) == plan
+        assert make_plan(found, image, placement, initrd_size) == plan
+
+    @settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+    @given(
+        st.booleans(),
+        st.sampled_from(PLACEMENTS),
+        pages(17 * MIB, 80 * MIB),
+        pages(24 * MIB, 128 * MIB),
+        st.integers(MIB, 40 * MIB),
+        pages(0, 250 * MIB),
+    )
+    def test_the_bytes_lie_where_the_plan_says(self, radix, placement, start, size, span, rtas):
+        found = small_machine(radix=radix, region=Range.sized(start, size), rtas=Range.sized(rtas, 0x10000))
+        try:
+            plan = make_plan(found, kernel(span, MIB), placement, 70_000)
+        except PlanError:
+            assume(False)
+        memory = simulate(plan)
+        for kept in plan.kept:
+            here = memory[kept.location // LINE : (kept.location + kept.range.size) // LINE]
+            assert (here == np.arange(kept.range.start // LINE, kept.range.end // LINE)).all(), f"{kept}"
+        entry = plan.entry // LINE
+        count = align_up(span, PAGE) // LINE
+        assert (memory[entry : entry + count] == -2 - np.arange(count)).all(), "K2 does not lie whole at its entry"
+        head = np.arange(HEAD_SIZE // LINE)
+        assert (memory[head] == -2 - head).all(), "K2's slave entry is not at 0x60"
+
+
+class TestPlacements:
+    @every_placement
+    @pytest.mark.parametrize("radix", [True, False])
+    def test_a_common_machine(self, placement, radix):
+        found = small_machine(radix=radix)
+        plan = small_plan(placement, radix=radix)
+        check_invariants(plan, found, kernel())
+        assert plan.placement == placement
+        assert plan.partition is True
+        assert plan.slaves == 1
+        assert plan.slave_timeout == 10 * 512_000_000
+        assert plan.opal == (0, 0)
+        assert plan.kernel == "6.1.0-test"
+        header = plan.segment("elfcorehdr").range.start
+        assert plan.cmdline == f"console=hvc0 elfcorehdr={header // 1024}K"
+        assert header % 1024 == 0
+        assert [note.size for note in plan.notes] == [0x1000, 0x400, 0x400]
+
+    def test_zero_is_an_exchange(self):
+        plan = small_plan("zero")
+        low = align_up(3 * MIB + EARLY_ALLOCATIONS, LINEAR_MAP_BLOCK["radix"])
+        parked = plan.segment("kernel").range
+        assert plan.moves == (Put(0, HEAD_SIZE), Exchange(0, parked.start, low))
+        assert plan.entry == 0
+        assert plan.kept[0].range == Range(0, low)
+        assert plan.kept[0].location == parked.start
+        assert plan.locate(Range(0x1000, 0x2000)) == parked.start + 0x1000
+
+    def test_reserved_is_a_backup(self):
+        plan = small_plan("reserved")
+        running = plan.segment("kernel").range.start
+        backup = plan.kept[0].location
+        low = LINEAR_MAP_BLOCK["radix"]
+        assert plan.moves == (Put(0, HEAD_SIZE), Copy(backup, 0, low), Copy(0, running, HEAD_SIZE))
+        assert plan.entry == running
+        assert plan.kept[0].range == Range(0, low)
+
+    def test_bare_metal_gives_its_cpus_to_opal(self):
+        opal = Range.sized(160 * MIB, 2 * MIB)
+        plan = small_plan("reserved", platform="powernv", opal=opal, rtas=None, cpus=4)
+        assert plan.slaves == 0
+        assert plan.partition is False
+        assert plan.opal == (opal.start, opal.start + 0x4E0)
+        assert plan.k2_mapped.covers(opal), "K2 reads OPAL's log"
+        assert not plan.k2_memory.overlaps(opal)
+
+    def test_only_the_cpus_that_run_come_to_the_purgatory(self):
+        found = small_machine(cpus=4)
+        found = replace(found, cpus=tuple(replace(cpu, online=cpu.number != 2) for cpu in found.cpus))
+        assert make_plan(found, kernel(), "zero").slaves == 2
+
+    def test_a_plan_without_initrd_has_no_segment_for_it(self):
+        assert [s.content for s in small_plan(initrd_size=0).segments] == ["kernel", "purgatory", "elfcorehdr", "fdt"]
+
+    def test_the_command_line_may_be_empty(self):
+        plan = plan_load(small_machine(), kernel(), 0, "", "zero")
+        assert plan.cmdline.startswith("elfcorehdr=")
+
+    @pytest.mark.parametrize("radix", [True, False])
+    @pytest.mark.parametrize("start", [32 * MIB, 33 * MIB, 45 * MIB])
+    def test_a_region_below_the_end_of_k2(self, radix, start):
+        """`klimit`: the region begins right behind K1's image, and K2 is bigger than what lies below."""
+        span = 52 * MIB
+        found = small_machine(radix=radix, region=Range(start, 200 * MIB))
+        plan = make_plan(found, kernel(span, MIB), "zero")
+        head, tail = (s for s in plan.segments if s.content == "kernel")
+        assert plan.moves[1] == Exchange(0, head.range.start, start)
+        assert head.range.size == start
+        assert tail.range == Range(start, align_up(span, PAGE))
+        assert tail.origin == start
+        check_invariants(plan, found, kernel(span, MIB))
+
+    def test_exactly_as_big_as_the_gap_needs_no_tail(self):
+        found = small_machine(region=Range(32 * MIB, 200 * MIB))
+        plan = make_plan(found, kernel(32 * MIB, MIB), "zero")
+        assert len([s for s in plan.segments if s.content == "kernel"]) == 1
+        assert plan.moves[1].size == 32 * MIB
+
+    def test_hash_gets_whole_16_mib_blocks(self):
+        found = small_machine(radix=False, region=Range(64 * MIB + 3 * PAGE, 192 * MIB + 5 * PAGE), rtas=None)
+        for placement in PLACEMENTS:
+            for r in make_plan(found, kernel(), placement).k2_memory:
+                assert r.start % (16 * MIB) == r.end % (16 * MIB) == 0
+
+    def test_stages_are_the_mail_s_pictures(self):
+        plan = small_plan("zero")
+        names = [name for name, _ in plan.stages()]
+        layouts = [layout for _, layout in plan.stages()]
+        assert len(names) == 2 + len(plan.moves)
+        assert "move 2 of 2: exchange" in names[-1]
+        assert layouts[1].extents[0].content == "purgatory"
+        assert layouts[2].extents[0].content == K1
+        assert layouts[3].extents[0].content == "kernel"
+        # what is kept is what the last picture shows
+        shown = [e for e in layouts[-1].locations() if e.location.start == plan.kept[0].location]
+        assert shown[0].source.start == 0
+
+    @pytest.mark.parametrize(
+        ("move", "line"),
+        [
+            (Put(0, 0x100), "put K1's own bytes back at 0x0-0x100"),
+            (Copy(0x1000, 0x2000, 0x80), "copy 0x2000-0x2080 to 0x1000-0x1080"),
+            (Exchange(0, 0x2000, 0x80), "exchange 0x0-0x80 with 0x2000-0x2080"),
+        ],
+    )
+    def test_moves_in_words(self, move, line):
+        assert describe_move(move) == line
+
+    def test_bytes_that_are_split_or_no_memory_are_not_located(self):
+        plan = small_plan("zero")
+        for wanted in (Range(5 * MIB, 7 * MIB), Range(65 * MIB, 66 * MIB), Range(GIB, GIB + 1)):
+            with pytest.raises(PlanError, match="do not stay in one piece"):
+                plan.locate(wanted)
+
+
+class TestRefused:
+    @every_placement
+    def test_no_region(self, placement):
+        with pytest.raises(PlanError, match=r"no memory is reserved.*crashkernel=512M"):
+            small_plan(placement, region=None)
+
+    @every_placement
+    def test_a_region_too_small_says_for_what_and_what_is_left(self, placement):
+        with pytest.raises(
+            PlanError, match=r"does not fit.* needs .*MiB.*region 0x4000000-0x4400000 has .* left.*raise crashkernel="
+        ) as e:
+            small_plan(placement, region=Range(64 * MIB, 68 * MIB), rtas=None, initrd_size=MIB)
+        assert e.value.exit_code == 3
+
+    @every_placement
+    def test_an_initrd_too_big(self, placement):
+        with pytest.raises(PlanError, match=r"the initrd needs 500 MiB"):
+            small_plan(placement, initrd_size=500 * MIB)
+
+    def test_firmware_where_k2_would_run(self):
+        with pytest.raises(PlanError, match=r"RTAS at 0x200000-0x210000.*--placement reserved"):
+            small_plan("zero", rtas=Range.sized(2 * MIB, 0x10000))
+
+    @every_placement
+    def test_firmware_at_zero(self, placement):
+        with pytest.raises(PlanError, match="RTAS"):
+            small_plan(placement, rtas=Range.sized(0x10000, 0x10000))
+
+    def test_a_region_out_of_real_mode_s_reach(self):
+        nodes = [memory_node(0, 64 * MIB, 192 * MIB)]
+        with pytest.raises(PlanError, match=r"does not fit"):
+            small_plan("reserved", memory=nodes, region=Range(64 * MIB, 192 * MIB))
+
+
+class TestTree:
+    """K2's tree, read as K2's kernel reads it."""
+
+    def usable(self, root: Node) -> RangeSet:
+        """early_init_dt_scan_memory (drivers/of/fdt.c) and early_init_drmem_lmb (arch/powerpc/kernel/prom.c)."""
+        found = []
+        for node in root.children:
+            if node.properties.get("device_type") != b"memory\0":
+                continue
+            cells = node.properties.get("linux,usable-memory", node.properties["reg"])
+            for at in range(0, len(cells) // 16 * 16, 16):
+                base, size = (int.from_bytes(cells[at + i : at + i + 8], "big") for i in (0, 8))
+                if size:
+                    found.append(Range.sized(base, size))
+        return RangeSet(found + self.drmem(root))
+
+    def drmem(self, root: Node) -> list[Range]:
+        node = root.child(DYNAMIC_MEMORY_NODE)
+        if node is None:
+            return []
+        usm = node.properties["linux,drconf-usable-memory"]
+        cursor = 0
+
+        def cell() -> int:
+            nonlocal cursor
+            assert cursor + 8 <= len(usm), "the kernel reads beyond the property"
+            cursor += 8
+            return int.from_bytes(usm[cursor - 8 : cursor], "big")
+
+        found = []
+        for flags in self.flags(node):
+            if flags & 0x80 or not flags & 0x8:
+                continue  # consumes nothing
+            for _ in range(cell()):
+                base, size = cell(), cell()
+                found.append(Range.sized(base, size))
+        assert cursor == len(usm), "the property holds more than the kernel reads"
+        return found
+
+    def flags(self, node: Node) -> list[int]:
+        """The flags of each block, in the order of __walk_drmem_v1_lmbs or __walk_drmem_v2_lmbs (arch/powerpc/mm/drmem.c)."""
+        v1, v2 = (node.properties.get(name) for name in ("ibm,dynamic-memory", "ibm,dynamic-memory-v2"))
+        data = v1 or v2
+        words = [int.from_bytes(data[at : at + 4], "big") for at in range(0, len(data), 4)]
+        if v1:
+            return [words[1 + 6 * i + 5] for i in range(words[0])]
+        return [words[1 + 6 * i + 5] for i in range(words[0]) for _ in range(words[1 + 6 * i])]
+
+    @settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
+    @given(machines(), st.integers(MIB, 40 * MIB), st.sampled_from(PLACEMENTS))
+    def test_k2_sees_its_memory_and_allocates_over_nothing(self, found, span, placement):
+        try:
+            plan = make_plan(found, kernel(span, MIB), placement)
+        except PlanError:
+            assume(False)
+        made = capture_tree(found, plan, 5 * MIB)
+        assert self.usable(made.root) == plan.k2_mapped
+        reserved = RangeSet(Range.sized(base, size) for base, size in made.reserved)
+        for segment in plan.segments:
+            if segment.content != "kernel":
+                assert reserved.covers(segment.range), segment.content
+        assert not (plan.k2_mapped - plan.k2_memory) - reserved
+        free = self.usable(made.root) - reserved
+        assert not free & RangeSet(Range.sized(kept.location, kept.range.size) for kept in plan.kept)
+        assert not free & found.firmware_ranges
+        assert len(made.to_bytes()) <= plan.segment("fdt").range.size
+
+    def test_usable_memory_of_each_node(self):
+        nodes = [memory_node(0, 128 * MIB), memory_node(128 * MIB, 128 * MIB), memory_node(4 * GIB, GIB)]
+        found = small_machine(memory=nodes)
+        plan = make_plan(found, kernel(), "reserved")
+        made = capture_tree(found, plan, 0)
+        for node in nodes:
+            pairs = made.root.child(node.name).cells("linux,usable-memory")
+            numbers = [(pairs[i] << 32 | pairs[i + 1], pairs[i + 2] << 32 | pairs[i + 3]) for i in range(0, len(pairs), 4)]
+            expected = RangeSet(memory_ranges(node, found.device_tree)) & plan.k2_mapped
+            assert numbers == ([(r.start, r.size) for r in expected] or [(0, 0)])
+        assert made.root.child("memory@100000000").properties["linux,usable-memory"] == bytes(16)
+
+    @pytest.mark.parametrize("version", [1, 2])
+    def test_a_region_across_dynamic_blocks(self, version):
+        blocks = [Block(128 * MIB, 1, 0x8), Block(144 * MIB, 1, 0x88), Block(160 * MIB, 4, 0x8), Block(512 * MIB, 2, 0)]
+        found = small_machine(
+            memory=[memory_node(0, 144 * MIB)],
+            region=Range(64 * MIB, 208 * MIB),
+            rtas=Range.sized(180 * MIB, 0x10000),
+            extra=[drmem_node(16 * MIB, blocks, version)],
+        )
+        found = replace(found, real_mode=Range(0, 256 * MIB))
+        plan = replace(small_plan(), k2_mapped=RangeSet([Range(0, 4 * MIB), Range(165 * MIB, 190 * MIB)]))
+        made = capture_tree(found, plan, 0)
+        assert self.drmem(made.root) == [
+            Range(165 * MIB, 176 * MIB),
+            Range(176 * MIB, 190 * MIB),
+        ]
+        assert len(dynamic_memory(found.device_tree)) == 8
+
+    def test_chosen(self):
+        chosen = {"bootargs": b"old\0", "linux,initrd-start": bytes(8), "linux,initrd-end": bytes(8), "linux,elfcorehdr": b"1"}
+        chosen |= {"linux,memory-limit": bytes(8), "linux,kernel-end": bytes(8), "linux,usable-memory-range": bytes(16)}
+        chosen |= {"linux,tce-alloc-start": bytes(8), "linux,tce-alloc-end": bytes(8), "rng-seed": b"12"}
+        found = small_machine()
+        root = found.device_tree
+        before = root.child("chosen")
+        after = replace(before, properties=dict(before.properties) | chosen)
+        root = root.with_children([after if node is before else node for node in root.children])
+        found = replace(found, device_tree=root)
+        plan = make_plan(found, kernel(), "zero", 123_457)
+        node = capture_tree(found, plan, 123_457).root.child("chosen")
+        start = plan.segment("initrd").range.start
+        assert node.string("bootargs") == plan.cmdline
+        assert node.u64("linux,initrd-start") == start
+        assert node.u64("linux,initrd-end") == start + 123_457
+        assert set(node.properties) == {"bootargs", "linux,initrd-start", "linux,initrd-end", "rng-seed", "stdout-path"}
+
+    def test_without_initrd_nothing_is_said_of_one(self):
+        found = small_machine(initrd=Range(0x3000000, 0x3100000))
+        made = capture_tree(found, make_plan(found, kernel(), "zero", 0), 0)
+        assert not {"linux,initrd-start", "linux,initrd-end"} & set(made.root.child("chosen").properties)
+
+    def test_everything_else_is_k1_s_tree(self):
+        found = small_machine()
+        made = capture_tree(found, make_plan(found, kernel(), "zero"), 0)
+        for before, after in zip(found.device_tree.children, made.root.children, strict=True):
+            if before.name not in ("chosen", "memory@0"):
+                assert after == before
+        assert made.boot_cpuid == 0
+        assert BOOT_CPUID_OFFSET == 28
+
+    def test_a_partition_of_many_terabytes(self):
+        """16 TiB in blocks of 256 MiB: `linux,drconf-usable-memory` alone is half a MiB."""
+        lmb = 256 * MIB
+        blocks = [Block(256 * MIB, 16 * 1024 * GIB // lmb)]
+        found = small_machine(extra=[drmem_node(lmb, blocks, 2)])
+        plan = make_plan(found, kernel(), "reserved")
+        blob = capture_tree(found, plan, 5 * MIB).to_bytes()
+        assert len(blob) <= plan.segment("fdt").range.size
+        assert DeviceTree.from_bytes(blob).root.child(DYNAMIC_MEMORY_NODE) is not None
+
+
+def damaged(change) -> str:
+    """The JSON of a good plan after `change` was made to it."""
+    raw = json.loads(small_plan("zero").to_json())
+    change(raw)
+    return json.dumps(raw)
+
+
+def refuse(text: str) -> str:
+    """The one line with which a plan is refused; anything but a FormatError is the test's failure."""
+    with pytest.raises(FormatError) as caught:
+        LoadPlan.from_json(text, source="plan.json")
+    line = str(caught.value)
+    assert "\n" not in line
+    assert line.startswith("plan.json: ")
+    return line
+
+
+def segment(raw: dict, content: str) -> dict:
+    return next(each for each in raw["segments"] if each["content"] == content)
+
+
+class TestJson:
+    @every_placement
+    @pytest.mark.parametrize("radix", [True, False])
+    def test_there_and_back(self, placement, radix):
+        plan = small_plan(placement, radix=radix)
+        assert LoadPlan.from_json(plan.to_json()) == plan
+        assert LoadPlan.from_json(plan.to_json()).to_json() == plan.to_json()
+
+    @pytest.mark.parametrize("name", sorted(json.loads(small_plan().to_json())))
+    def test_a_field_is_missing(self, name):
+        assert name in refuse(damaged(lambda raw: raw.pop(name)))
+
+    @pytest.mark.parametrize("name", sorted(set(json.loads(small_plan().to_json())) - {"format"}))
+    @pytest.mark.parametrize("value", [None, 1.5, {}, [[]], [{}], "\ud800", {"a": 1}, -1, [None]], ids=repr)
+    def test_a_field_of_the_wrong_kind(self, name, value):
+        if isinstance(value, str) and name in ("kernel", "machine", "cmdline"):
+            return
+        refuse(damaged(lambda raw: raw.update({name: value})))
+
+    @pytest.mark.parametrize(
+        "text",
+        ["", "null", "[]", "{}", '"plan"', "1", "{", "[" * 100_000, '{"format":' * 100_000, "9" * 5000, "NaN", '{"format": 2}'],
+        ids=lambda text: text[:12] or "empty",
+    )
+    def test_not_a_plan(self, text):
+        refuse(text)
+
+    @pytest.mark.parametrize(
+        ("change", "says"),
+        [
+            (lambda raw: segment(raw, "fdt").update(range=segment(raw, "purgatory")["range"]), "segments overlap: "),
+            (lambda raw: segment(raw, "fdt").update(range="0x1000000-0x1010000"), "outside the reserved region"),
+            (lambda raw: segment(raw, "fdt").update(range="0xa000000-0xa020000"), "lies over RTAS"),
+            (lambda raw: segment(raw, "fdt").update(range="0x10-0x8"), "is not a range"),
+            (lambda raw: segment(raw, "fdt").update(range="0x10-0x10"), "is not a range"),
+            (lambda raw: segment(raw, "fdt").update(range="-0x10-0x10"), "not what it must be"),
+            (lambda raw: segment(raw, "fdt").update(content="vdso"), "'vdso' is none of"),
+            (lambda raw: raw["segments"].remove(segment(raw, "fdt")), "needs kernel, fdt"),
+            (lambda raw: raw["segments"].remove(segment(raw, "purgatory")), "needs kernel, fdt"),
+            (lambda raw: raw["segments"].remove(segment(raw, "kernel")), "needs kernel, fdt"),
+            (lambda raw: raw.update(segments=[]), "needs kernel, fdt"),
+            (lambda raw: raw["moves"][1].update(src="0xa000000", size="0x10000"), "touches RTAS"),
+            (lambda raw: raw["moves"][1].update(src="0x100000000", size="0x10000"), "which is no memory"),
+            (lambda raw: raw["moves"][1].update(src=segment(raw, "purgatory")["range"].split("-")[0]), "touches the purgatory"),
+            (lambda raw: raw["moves"][1].update(src="0x80"), "onto itself"),
+            (lambda raw: raw["moves"][1].update(src="0x4000040"), "whole 128-byte lines"),
+            (lambda raw: raw["moves"][1].update(size="0x0"), "a move of nothing"),
+            (lambda raw: raw["moves"][1].update(size=hex(1 << 64)), "no 64-bit address"),
+            (lambda raw: raw["moves"][1].update(move="jump"), "'jump' is none of"),
+            (lambda raw: raw["moves"][1].pop("src"), "'src' is missing"),
+            (lambda raw: raw["moves"].reverse(), "lose K1's memory at 0x0-0x100"),
+            (lambda raw: raw["moves"].pop(0), "lose K1's memory at 0x0-0x100"),
+            (lambda raw: raw["moves"].pop(1), "lose K1's memory at 0x0-0x600000"),
+            (lambda raw: raw["moves"][1].update(move="copy"), "lose K1's memory at 0x0-0x600000"),
+            (lambda raw: raw["k2_memory"].append("0xe000000-0xe100000"), "lose K1's memory at 0xe000000-0xe100000"),
+            (lambda raw: raw["kept"].pop(), "is not where the moves leave it"),
+            (lambda raw: raw["kept"][0].update(location="0x5000000"), "is not where the moves leave it"),
+            (lambda raw: raw["kept"][0].update(range="0x0-0x500000"), "is not where the moves leave it"),
+            (lambda raw: raw.update(placement="elsewhere"), "'elsewhere' is none of zero, reserved"),
+            (lambda raw: raw.update(opal=["0x0"]), "no list of 2"),
+            (lambda raw: raw.update(slaves=-1), "no count"),
+            (lambda raw: raw.update(slaves="1"), "no count"),
+        ],
+    )  # fmt: skip
+    def test_a_plan_that_contradicts_itself(self, change, says):
+        assert says in refuse(damaged(change))
+
+    def test_a_put_of_bytes_that_the_purgatory_does_not_carry(self):
+        """Only K1's head is saved at load time: a put elsewhere would claim bytes that nobody has."""
+
+        def claim(raw):
+            raw["moves"].append({"move": "put", "dst": "0x0", "size": "0x600000"})
+            raw["moves"][1] = {"move": "copy", "dst": "0x0", "src": raw["moves"][1]["src"], "size": "0x600000"}
+            raw["kept"] = [{"range": "0x0-0x4000000", "location": "0x0"}, raw["kept"][-1]]
+            raw["k2_memory"] = ["0x4600000-0xa000000"]
+
+        assert "put" in refuse(damaged(claim))
+
+    @pytest.mark.parametrize(("name", "value"), [("slaves", 1 << 32), ("slave_timeout", 1 << 64), ("slaves", True)])
+    def test_counts_that_the_purgatory_has_no_room_for(self, name, value):
+        assert "no count" in refuse(damaged(lambda raw: raw.update({name: value})))
+
+    @pytest.mark.parametrize("value", ["yes", 1, None, []], ids=repr)
+    def test_a_partition_is_true_or_false(self, value):
+        refuse(damaged(lambda raw: raw.update(partition=value)))
+
+    def test_more_moves_than_the_purgatory_holds(self):
+        change = lambda raw: raw.update(moves=raw["moves"] + [{"move": "put", "dst": "0x4000000", "size": "0x100"}] * 40)  # noqa: E731
+        refuse(damaged(change))
+
+    def test_names_are_quoted_in_messages(self):
+        """A plan comes from the machine under test: its words must not forge lines of a report."""
+
+        def forge(raw):
+            raw["firmware"][0]["name"] = "RTAS\nPASS"
+            segment(raw, "fdt").update(range="0xa000000-0xa020000")
+
+        refuse(damaged(forge))
+
+    @settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+    @given(st.data())
+    def test_random_damage(self, data):
+        text = small_text()
+        for _ in range(data.draw(st.integers(1, 3))):
+            at = data.draw(st.integers(0, len(text) - 1))
+            length = data.draw(st.integers(0, 8))
+            put = data.draw(st.text(st.sampled_from('0123456789abcdefx-"{}[],: nu\n'), max_size=4))
+            text = text[:at] + put + text[at + length :]
+        survive(text)
+
+    @settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
+    @given(st.data())
+    def test_random_values(self, data):
+        raw = json.loads(small_text())
+        holder, key = data.draw(st.sampled_from(list(places(raw))))
+        numbers = st.sampled_from([0, 1, 0x80, 0x100, 0x600000, 0x4000000, 0xA000000, (1 << 64) - 1, 1 << 64]).map(hex)
+        ranges = st.builds(lambda a, b: f"{a}-{b}", numbers, numbers)
+        scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | numbers | ranges
+        holder[key] = data.draw(
+            scalars | st.lists(scalars, max_size=2) | st.dictionaries(st.text(max_size=2), scalars, max_size=1)
+        )
+        survive(json.dumps(raw))
+
+
+SMALL: list[str] = []
+
+
+def small_text() -> str:
+    if not SMALL:
+        SMALL.append(small_plan("zero").to_json())
+    return SMALL[0]
+
+
+def places(value):
+    """Every (container, key) in a JSON value."""
+    if isinstance(value, dict | list):
+        for key, inner in list(value.items() if isinstance(value, dict) else enumerate(value)):
+            yield value, key
+            yield from places(inner)
+
+
+def survive(text: str) -> None:
+    try:
+        plan = LoadPlan.from_json(text, source="plan.json")
+    except FormatError as error:
+        line = str(error)
+        assert "\n" not in line, line
+        return
+    # what was read keeps the promises that matter, whatever was changed
+    pack(0, plan.moves, HEAD, fdt=0, entry=0, slaves=plan.slaves, slave_timeout=plan.slave_timeout)
+    memory = simulate(plan) if plan.memory == RangeSet([Range(0, 256 * MIB)]) else None
+    for kept in plan.kept:
+        if memory is not None and kept.range.start % LINE == 0 and kept.range.size % LINE == 0:
+            here = memory[kept.location // LINE : (kept.location + kept.range.size) // LINE]
+            assert (here == np.arange(kept.range.start // LINE, kept.range.end // LINE)).all()
+    assert not plan.k2_memory & RangeSet(Range.sized(kept.location, kept.range.size) for kept in plan.kept)
+    plan.to_json()
+
+
+def test_crashkernel_error_is_the_root_of_all():
+    assert issubclass(PlanError, CrashkernelError)
+    assert Region("RTAS", Range(0, 1)).name == "RTAS"
