@@ -45,16 +45,15 @@ def machines(draw: st.DrawFn) -> Machine:
         extra.append(drmem_node(256 * MIB, blocks, draw(st.sampled_from((1, 2)))))
     start = draw(pages(16 * MIB, 400 * MIB))
     region = Range(start, min(low_size, start + draw(pages(32 * MIB, 512 * MIB))))
-    firmware = draw(st.none() | pages(0, low_size - MIB).map(lambda at: Range.sized(at, 0x30000)))
-    odd = draw(st.sampled_from((0, 0x800)))  # firmware need not keep to pages
-    where = Range(firmware.start + odd, firmware.end) if firmware else None
+    at = draw(pages(0, low_size - MIB)) + draw(st.sampled_from((0, 0x800)))  # firmware need not keep to pages
+    where = Range.sized(at, 0x30000)
     root = tree(
         memory=nodes,
         region=region,
         platform=platform,
         radix=radix,
         cpus=draw(st.sampled_from((1, 2, 8))),
-        rtas=where if platform == "pseries" else None,
+        rtas=where if platform == "pseries" and draw(st.booleans()) else None,
         opal=where if platform == "powernv" else None,
         extra=extra,
     )
@@ -104,9 +103,9 @@ def check_invariants(plan: LoadPlan, found: Machine, image: KernelImage) -> None
 
 def simulate(plan: LoadPlan) -> np.ndarray:
     """For each line of memory the line of K1 it holds at capture time, or a negative number: the moves made for real."""
-    lines = [index for r in plan.memory for index in range(r.start // LINE, r.end // LINE)]
-    memory = np.full(max(lines) + 1, -1, np.int64)
-    memory[lines] = lines
+    memory = np.full(max(r.end for r in plan.memory) // LINE, -1, np.int32)
+    for r in plan.memory:
+        memory[r.start // LINE : r.end // LINE] = np.arange(r.start // LINE, r.end // LINE)
     memory[plan.reserved.start // LINE : plan.reserved.end // LINE] = -1
     for segment in plan.segments:
         if segment.content == "kernel":
@@ -128,14 +127,13 @@ def simulate(plan: LoadPlan) -> np.ndarray:
 
 
 class TestEveryMachine:
-    @settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+    @settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
     @given(machines(), images, st.sampled_from(PLACEMENTS), st.sampled_from((0, 70_000, 20 * MIB)))
     def test_a_plan_keeps_its_promises_or_there_is_none(self, found, image, placement, initrd_size):
         try:
             plan = make_plan(found, image, placement, initrd_size)
         except PlanError as error:
-            event(f"{placement}: refused")
-            assert "\n" not in str(error)
+            event(f"{placement}: refused for {error.message.split()[0]}")
             return
         event(f"{placement}: planned")
         check_invariants(plan, found, image)
@@ -251,6 +249,16 @@ class TestPlacements:
         for placement in PLACEMENTS:
             for r in make_plan(found, kernel(), placement).k2_memory:
                 assert r.start % (16 * MIB) == r.end % (16 * MIB) == 0
+
+    def test_k2_does_not_run_in_the_ragged_end_of_a_region(self):
+        """Hash maps whole 16 MiB blocks: the last 8.5 MiB of this region are nobody's, and K2 must not reach into them."""
+        found = small_machine(radix=False, region=Range(64 * MIB, 152 * MIB + 8 * PAGE), rtas=Range.sized(96 * MIB, PAGE))
+        try:
+            plan = make_plan(found, kernel(40 * MIB, MIB), "reserved", 0)
+        except PlanError as error:
+            assert "does not fit" in error.message  # noqa: PT017 - to refuse is as good
+            return
+        check_invariants(plan, found, kernel(40 * MIB, MIB))
 
     def test_stages_are_the_mail_s_pictures(self):
         plan = small_plan("zero")
@@ -510,7 +518,7 @@ class TestJson:
         [
             (lambda raw: segment(raw, "fdt").update(range=segment(raw, "purgatory")["range"]), "segments overlap: "),
             (lambda raw: segment(raw, "fdt").update(range="0x1000000-0x1010000"), "outside the reserved region"),
-            (lambda raw: segment(raw, "fdt").update(range="0xa000000-0xa020000"), "lies over RTAS"),
+            (lambda raw: segment(raw, "fdt").update(range="0xa000000-0xa020000"), "lies over 'RTAS'"),
             (lambda raw: segment(raw, "fdt").update(range="0x10-0x8"), "is not a range"),
             (lambda raw: segment(raw, "fdt").update(range="0x10-0x10"), "is not a range"),
             (lambda raw: segment(raw, "fdt").update(range="-0x10-0x10"), "not what it must be"),
@@ -519,7 +527,7 @@ class TestJson:
             (lambda raw: raw["segments"].remove(segment(raw, "purgatory")), "needs kernel, fdt"),
             (lambda raw: raw["segments"].remove(segment(raw, "kernel")), "needs kernel, fdt"),
             (lambda raw: raw.update(segments=[]), "needs kernel, fdt"),
-            (lambda raw: raw["moves"][1].update(src="0xa000000", size="0x10000"), "touches RTAS"),
+            (lambda raw: raw["moves"][1].update(src="0xa000000", size="0x10000"), "touches 'RTAS'"),
             (lambda raw: raw["moves"][1].update(src="0x100000000", size="0x10000"), "which is no memory"),
             (lambda raw: raw["moves"][1].update(src=segment(raw, "purgatory")["range"].split("-")[0]), "touches the purgatory"),
             (lambda raw: raw["moves"][1].update(src="0x80"), "onto itself"),
@@ -564,10 +572,6 @@ class TestJson:
     def test_a_partition_is_true_or_false(self, value):
         refuse(damaged(lambda raw: raw.update(partition=value)))
 
-    def test_more_moves_than_the_purgatory_holds(self):
-        change = lambda raw: raw.update(moves=raw["moves"] + [{"move": "put", "dst": "0x4000000", "size": "0x100"}] * 40)  # noqa: E731
-        refuse(damaged(change))
-
     def test_names_are_quoted_in_messages(self):
         """A plan comes from the machine under test: its words must not forge lines of a report."""
 
@@ -577,7 +581,7 @@ class TestJson:
 
         refuse(damaged(forge))
 
-    @settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
     @given(st.data())
     def test_random_damage(self, data):
         text = small_text()
@@ -627,7 +631,7 @@ def survive(text: str) -> None:
         assert "\n" not in line, line
         return
     # what was read keeps the promises that matter, whatever was changed
-    pack(0, plan.moves, HEAD, fdt=0, entry=0, slaves=plan.slaves, slave_timeout=plan.slave_timeout)
+    pack(0, plan.moves, HEAD, fdt=0, entry=plan.entry, slaves=plan.slaves, slave_timeout=plan.slave_timeout)
     memory = simulate(plan) if plan.memory == RangeSet([Range(0, 256 * MIB)]) else None
     for kept in plan.kept:
         if memory is not None and kept.range.start % LINE == 0 and kept.range.size % LINE == 0:

@@ -87,7 +87,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     bench = commands.add_parser(
         "bench",
         help="measure a drill against the two boots it contains",
-        description="Measure drills against a bare twin that boots, crashes and boots K2 with kexec-tools, in alternating runs.",
+        description="Measure drills against a bare twin that boots, crashes and boots K2 with kexec-tools, run in turn.",
         epilog="example:\n  crashkernel bench --runs 5",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

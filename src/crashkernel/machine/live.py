@@ -10,7 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from crashkernel.errors import EnvironmentFault
+from crashkernel.errors import EnvironmentFault, FormatError
 from crashkernel.formats.elf import ElfFile
 from crashkernel.formats.fdt import Node
 from crashkernel.machine import HEAD_SIZE, Cpu, Machine, Mmu, Region
@@ -87,6 +87,8 @@ def _cpus(root: Path) -> tuple[Cpu, ...]:
             size = int((directory / "crash_notes_size").read_text())
         except FileNotFoundError:
             continue  # a kernel without CONFIG_KEXEC_CORE; planning goes on, loading will be refused by the kernel
+        except PermissionError as error:
+            raise EnvironmentFault(f"cannot read {error.filename}", hint="run as root") from error
         number = int(directory.name[3:])
         cpus.append(Cpu(number, Range.sized(paddr, size), number in online))
     return tuple(cpus)
@@ -148,6 +150,6 @@ def _head(kcore: Path) -> bytes:
                     core.seek(segment.file_offset + PAGE_OFFSET - segment.vaddr)
                     head = core.read(HEAD_SIZE)
                     return head if len(head) == HEAD_SIZE else b""
-    except OSError:
+    except (OSError, FormatError):  # a container may put an empty file there
         return b""
     return b""

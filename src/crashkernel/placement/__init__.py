@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from crashkernel.errors import PlanError
 from crashkernel.formats.fdt import DeviceTree
 from crashkernel.machine import HEAD_SIZE, Machine
+from crashkernel.machine.devicetree import dynamic_memory
 from crashkernel.memory import Range, RangeSet, align_up, format_size
 from crashkernel.placement.moves import Copy, Exchange, Move, Put
 from crashkernel.placement.plan import LoadPlan, PlacementName, Segment, SegmentContent, check_plan, keep
@@ -67,12 +68,14 @@ def plan_load(
         - RangeSet([table.low_block]),
         machine,
     )
-    tree_size = len(DeviceTree(machine.device_tree, (), 0).to_bytes())
+    # room for what tree.py adds: K2's command line, a pair of 64-bit numbers for each piece of memory, its count in drconf
+    tree_size = len(DeviceTree(machine.device_tree, (), 0).to_bytes()) + len(cmdline) + 64 * 1024
+    tree_size += 24 * sum(lmb.usable for lmb in dynamic_memory(machine.device_tree))
     core_entries = 8 + len(machine.cpus) + 2 * len(machine.memory) + 4 * len(table.moves)
     wanted: list[tuple[SegmentContent, int]] = [
         ("purgatory", PURGATORY_SIZE),
         ("elfcorehdr", 64 + 56 * core_entries),
-        ("fdt", tree_size + 64 * 1024),  # the properties added for K2, its command line and reserve map
+        ("fdt", tree_size),
     ]
     if initrd_size:
         wanted.append(("initrd", initrd_size))
@@ -105,7 +108,7 @@ def plan_load(
         slave_timeout=10 * machine.timebase_hz,
         partition=machine.platform == "pseries",
     )
-    check_plan(plan, PlanError)
+    check_plan(plan)
     return plan
 
 
@@ -184,7 +187,8 @@ def _reserved(machine: Machine, image: KernelImage, region: Range) -> _Table:
     """
     low = Range(0, LINEAR_MAP_BLOCK[machine.mmu])
     usable = RangeSet([region]) & RangeSet([machine.real_mode])
-    room = _Room(usable - machine.firmware_ranges, machine)
+    # in whole blocks: K2 cannot map, and so not run in, the ragged ends of the region
+    room = _Room(_whole_blocks(usable, machine) - machine.firmware_ranges, machine)
     # The backup first: it is not K2's, and the rest of the region stays one range with free memory around the image.
     backup = room.take("backup of K1's low memory", low.size, low.size)
     running = room.take("image of the capture kernel", image.span, LINEAR_MAP_BLOCK["hash"])

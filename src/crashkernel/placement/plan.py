@@ -17,7 +17,7 @@ from crashkernel.memory import Range, RangeSet
 from crashkernel.placement.moves import K1, LINE, Copy, Exchange, Extent, Layout, Move, Put
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
 _T = TypeVar("_T", bound=str)
 
@@ -168,56 +168,62 @@ class LoadPlan:
                 k2_mapped=RangeSet(_ranges(raw["k2_mapped"])),
                 kept=tuple(Kept(_range(k["range"]), _number(k["location"])) for k in _list(raw["kept"])),
                 notes=tuple(_ranges(raw["notes"])),
-                slaves=_count(raw["slaves"]),
-                slave_timeout=_count(raw["slave_timeout"]),
-                partition=bool(raw["partition"]),
+                slaves=_count(raw["slaves"], 1 << 32),  # as wide as the purgatory's parameter block has them
+                slave_timeout=_count(raw["slave_timeout"], 1 << 64),
+                partition=_bool(raw["partition"]),
             )
         except KeyError as error:
             raise FormatError(f"field {error} is missing", source=source) from error
         except (TypeError, ValueError) as error:
             raise FormatError(f"a field is not what it must be: {error}", source=source) from error
-        check_plan(plan, lambda message: FormatError(message, source=source))
+        try:
+            check_plan(plan)
+        except PlanError as error:
+            raise FormatError(error.message, source=source) from error
         return plan
 
 
-def check_plan(plan: LoadPlan, fault: Callable[[str], Exception]) -> None:
+def check_plan(plan: LoadPlan) -> None:
     """Hold a plan against the rules that no plan may break, whoever made it.
 
-    :raise: what `fault` makes of the message, naming the ranges that collide.
+    :raise PlanError: a rule is broken; names the ranges that collide.
     """
     placed = sorted(plan.segments, key=lambda s: s.range.start)
     for before, after in pairwise(placed):
         if before.range.overlaps(after.range):
-            raise fault(f"segments overlap: {before.content} {before.range} and {after.content} {after.range}")
+            raise PlanError(f"segments overlap: {before.content} {before.range} and {after.content} {after.range}")
     for segment in plan.segments:
         # sanity_check_segment_list, kernel/kexec_core.c: a crash segment outside crashk_res is -EADDRNOTAVAIL
         if not plan.reserved.contains(segment.range):
-            raise fault(f"segment {segment.content} {segment.range} lies outside the reserved region {plan.reserved}")
+            raise PlanError(f"segment {segment.content} {segment.range} lies outside the reserved region {plan.reserved}")
         for region in plan.firmware:
             if segment.range.overlaps(region.range):
-                raise fault(f"segment {segment.content} {segment.range} lies over {region.name} {region.range}")
-    if {segment.content for segment in plan.segments} < {"kernel", "fdt", "elfcorehdr", "purgatory"}:
-        raise fault("a plan needs kernel, fdt, elfcorehdr and purgatory segments")
+                raise PlanError(f"segment {segment.content} {segment.range} lies over {region.name!r} {region.range}")
+    if {"kernel", "fdt", "elfcorehdr", "purgatory"} - {segment.content for segment in plan.segments}:
+        raise PlanError("a plan needs kernel, fdt, elfcorehdr and purgatory segments")
     purgatory = plan.segment("purgatory").range
     for move in plan.moves:
         touched = [Range.sized(move.dst, move.size)]
-        if not isinstance(move, Put):
+        if isinstance(move, Put):
+            if touched[0].end > HEAD_SIZE:
+                raise PlanError(f"the purgatory carries only K1's first {HEAD_SIZE:#x} bytes: {describe_move(move)}")
+        else:
             touched.append(Range.sized(move.src, move.size))
             if touched[0].overlaps(touched[1]):
-                raise fault(f"a move onto itself: {describe_move(move)}")
+                raise PlanError(f"a move onto itself: {describe_move(move)}")
         if any(value % LINE for r in touched for value in (r.start, r.end)):
-            raise fault(f"not whole {LINE}-byte lines: {describe_move(move)}")
+            raise PlanError(f"not whole {LINE}-byte lines: {describe_move(move)}")
         for part in touched:
             if not plan.memory.covers(part):
-                raise fault(f"a move touches {part}, which is no memory")
+                raise PlanError(f"a move touches {part}, which is no memory")
             if part.overlaps(purgatory):
-                raise fault(f"a move touches the purgatory that makes it: {part}")
+                raise PlanError(f"a move touches the purgatory that makes it: {part}")
             for region in plan.firmware:
                 if part.overlaps(region.range):
-                    raise fault(f"a move touches {region.name} {region.range}: {describe_move(move)}")
+                    raise PlanError(f"a move touches {region.name!r} {region.range}: {describe_move(move)}")
     promised = keep(plan.memory, plan.reserved, plan.segments, plan.moves, plan.k2_memory - firmware_set(plan.firmware))
     if promised != plan.kept:
-        raise fault("where K1's memory is said to lie is not where the moves leave it")
+        raise PlanError("where K1's memory is said to lie is not where the moves leave it")
 
 
 def loaded_layout(memory: RangeSet, reserved: Range, segments: Iterable[Segment]) -> Layout:
@@ -308,9 +314,15 @@ def _number(value: Any) -> int:
     return number
 
 
-def _count(value: Any) -> int:
-    if not isinstance(value, int) or value < 0:
-        raise ValueError(f"{value!r} is no count")
+def _count(value: Any, limit: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < limit:
+        raise ValueError(f"{value!r} is no count below {limit:#x}")
+    return value
+
+
+def _bool(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{value!r} is neither true nor false")
     return value
 
 

@@ -1,0 +1,109 @@
+"""The capture kernel's image, from ELF files written here."""
+
+import struct
+
+import pytest
+from hypothesis import given
+
+from crashkernel.errors import FormatError
+from crashkernel.placement.image import RUN_AT_LOAD_OFFSET, KernelImage
+from support.elfwriter import Part, write_elf
+from support.hostile import corrupted, peak_memory, survives, truncations
+from support.machines import KERNEL_BASE, vmlinux
+
+both_orders = pytest.mark.parametrize("byteorder", ["little", "big"])
+
+
+class TestRead:
+    @both_orders
+    def test_the_flat_bytes(self, byteorder):
+        image = KernelImage.from_bytes(vmlinux(byteorder), "vmlinux")
+        assert image.byteorder == byteorder
+        assert image.release == "6.1.0-49-powerpc64le"
+        assert image.source == "vmlinux"
+        assert image.span == 0x9000
+        assert len(image.data) == 0x6000 + 0x800, "bss is not in the data"
+        assert int.from_bytes(image.data[0x100:0x104], byteorder) == 0x100
+        assert image.data[0x4000:0x6000] == bytes(0x2000), "the gap between two segments is zero"
+        assert image.data[0x6000:] == bytes(range(256)) * 8
+
+    @both_orders
+    @pytest.mark.parametrize(("in_place", "flag"), [(True, 1), (False, 0x72756E30)])
+    @pytest.mark.parametrize("built_with", [1, 0x72756E30])
+    def test_run_at_load_is_set_for_the_placement(self, byteorder, in_place, flag, built_with):
+        image = KernelImage.from_bytes(vmlinux(byteorder, flag=built_with))
+        data = image.bytes_to_load(in_place=in_place)
+        order = ">" if byteorder == "big" else "<"
+        assert struct.unpack_from(order + "I", data, RUN_AT_LOAD_OFFSET) == (flag,)
+        assert data[:RUN_AT_LOAD_OFFSET] == image.data[:RUN_AT_LOAD_OFFSET]
+        assert data[RUN_AT_LOAD_OFFSET + 4 :] == image.data[RUN_AT_LOAD_OFFSET + 4 :]
+        assert len(data) == len(image.data)
+        assert RUN_AT_LOAD_OFFSET == 0x5C
+
+    @pytest.mark.parametrize(
+        ("banner", "release"),
+        [
+            (b"Linux version 6.12.0-rc3+ (me@here) #1\n", "6.12.0-rc3+"),
+            (b"%s version %s\0Linux version %s\0Linux version 7.2.13 (x)", "7.2.13"),
+            (b"Linux version", "unknown"),
+            (b"Linux version %s (%s)", "unknown"),
+            (b"no banner at all", "unknown"),
+        ],
+    )
+    def test_the_release(self, banner, release):
+        assert KernelImage.from_bytes(vmlinux(banner=banner)).release == release
+
+    @pytest.mark.parametrize(
+        "banner", [b"Linux version 6.1\nPASS (x)", b"Linux version 6.1\x1b[2J (x)", b"Linux version 6" + bytes(200)]
+    )
+    def test_a_release_is_one_printable_word(self, banner):
+        assert KernelImage.from_bytes(vmlinux(banner=banner)).release.isprintable()
+
+    def test_segments_in_any_order(self):
+        text = bytearray(0x1000)
+        text[0x5C:0x60] = (1).to_bytes(4, "big")
+        parts = [Part(vaddr=KERNEL_BASE + 0x2000, data=b"data"), Part(vaddr=KERNEL_BASE, data=bytes(text))]
+        image = KernelImage.from_bytes(write_elf("big", parts))
+        assert image.span == 0x2004
+        assert image.data[0x2000:] == b"data"
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("data", "says"),
+        [
+            (b"", "not an ELF file"),
+            (b"\x1f\x8b\x08" + bytes(100), "compressed.*uncompressed ELF vmlinux"),
+            (b"\xfd7zXZ\0" + bytes(100), "compressed"),
+            (b"MZ" + bytes(100), "not an ELF file"),
+            (vmlinux(machine_number=62), "ELF machine 62 is not ppc64.*ppc64"),
+            (vmlinux(machine_number=20), "ELF machine 20 is not ppc64"),
+            (vmlinux(vaddr=0xC000000002000000), "linked at 0xc000000002000000.*relocatable"),
+            (vmlinux(vaddr=0), "linked at 0x0"),
+            (vmlinux(flag=0), "no __run_at_load flag.*CONFIG_RELOCATABLE=y.*"),
+            (vmlinux(flag=0x306E7572), "no __run_at_load flag"),
+            (write_elf("little", []), "nothing to load"),
+            (write_elf("little", [Part(vaddr=KERNEL_BASE, data=bytes(0x40))]), "no __run_at_load"),
+            (vmlinux(span=(1 << 30) + 1), "no kernel is that big"),
+            (vmlinux()[:-1], "lacks 0x1 of its"),
+            (vmlinux()[:100], "beyond the 0x64 bytes"),
+        ],
+        ids=lambda value: value[:20] if isinstance(value, str) else "",
+    )
+    def test_each_says_what_to_give_instead(self, data, says):
+        with pytest.raises(FormatError, match=says) as caught:
+            KernelImage.from_bytes(data, "/boot/vmlinux")
+        assert caught.value.source == "/boot/vmlinux"
+        assert "\n" not in str(caught.value)
+
+    def test_every_truncation(self):
+        data = vmlinux()
+        assert not any(survives(KernelImage.from_bytes, cut) for cut in truncations(data, 61))
+
+    def test_a_huge_segment_costs_no_memory(self):
+        parts = [Part(vaddr=KERNEL_BASE, data=bytes(0x100)), Part(vaddr=KERNEL_BASE + (1 << 40), data=b"x")]
+        assert peak_memory(KernelImage.from_bytes, write_elf("little", parts)) < 1 << 20
+
+    @given(corrupted(vmlinux()))
+    def test_corruption_is_refused_or_survived(self, data):
+        survives(KernelImage.from_bytes, data)
