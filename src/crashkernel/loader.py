@@ -44,8 +44,14 @@ class Payload:
 def assemble(plan: LoadPlan, machine: Machine, image: KernelImage, initrd: bytes) -> tuple[Payload, ...]:
     """The bytes of every segment of `plan`.
 
-    :raise PlanError: something outgrew the room the plan gave it.
+    :raise PlanError: something outgrew the room the plan gave it, or K1 and K2 differ in byte order.
     """
+    if image.byteorder != machine.byteorder:
+        # K2 reads the core header in its own order (parse_crash_elf64_headers, fs/proc/vmcore.c), K1 wrote its notes in its own
+        raise PlanError(
+            f"K2 is {image.byteorder}-endian and K1 {machine.byteorder}-endian: no dump would be readable",
+            hint="give a capture kernel of K1's byte order",
+        )
     in_place = plan.placement == "reserved"
     kernel = image.bytes_to_load(in_place=in_place)
     payloads = []
@@ -142,7 +148,7 @@ def status(root: Path = Path("/")) -> Status:
     if loaded:
         try:
             plan = LoadPlan.from_json((root / STATE).read_text(), source=str(root / STATE))
-        except (OSError, FormatError):
+        except (OSError, UnicodeDecodeError, FormatError):
             plan = None  # loaded by somebody else, or before our record was lost
     return Status(loaded, size, plan)
 

@@ -27,7 +27,7 @@ def processes_with(text):
 def test_k2_that_does_not_fit_is_the_loaders_refusal(tmp_path):
     results = tmp_path / "results.json"
     done = subprocess.run(
-        [*COMMAND, "drill", "--placement", "zero", "--crashkernel", "64M@512M", "--json", str(results)],
+        [*COMMAND, "drill", "--placement", "zero", "--crashkernel", "40M", "--json", str(results)],
         capture_output=True,
         text=True,
         timeout=600,
@@ -40,7 +40,23 @@ def test_k2_that_does_not_fit_is_the_loaders_refusal(tmp_path):
     assert "K2 does not fit" in drill["failure"]["message"]
     assert "raise crashkernel=" in drill["failure"]["message"]
     assert drill["failure"]["console"]
-    assert "stage load: K2 does not fit" in done.stdout
+    assert "load: K2 does not fit" in done.stdout
+
+
+def test_k2_that_dies_before_its_console_is_quoted_from_its_memory(tmp_path):
+    results = tmp_path / "results.json"
+    done = subprocess.run(
+        [*COMMAND, "drill", "--placement", "zero", "--crashkernel", "64M", "--json", str(results)],
+        capture_output=True,
+        text=True,
+        timeout=200,  # less than the stage's own deadline
+        check=False,
+    )
+    assert done.returncode == 1
+    failure = json.loads(results.read_text())["drills"][0]["failure"]
+    assert failure["stage"] == "K2 boot"
+    assert "its log says: Kernel panic - not syncing: early_alloc_pgtable: Failed to allocate" in failure["message"]
+    assert "raise crashkernel=" in failure["likely"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

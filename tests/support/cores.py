@@ -1,5 +1,7 @@
 """Builds vmcores as K2's kernel shows them, from the memory K1 had, and the truth to hold them against."""
 
+import functools
+import hashlib
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,34 +12,40 @@ from crashkernel.memory import Range
 from crashkernel.placement import plan_load
 from crashkernel.placement.plan import LoadPlan
 from support.elfwriter import PT_LOAD, PT_NOTE, Part, write_elf, write_note, write_prstatus
-from support.machines import HEAD, KERNEL_BASE, MIB, kernel, machine, memory_node, tree
+from support.machines import HEAD, KERNEL_BASE, LAYOUT, MIB, kernel, machine, memory_node, tree
 
-NONCE = bytes(range(200, 232))
+NONCE = hashlib.sha256(b"this run's nonce").digest()
 PANIC = "Kernel panic - not syncing: sysrq triggered crash"
 RELEASE = "6.1.0-49-powerpc64le"
 PID = 1
+KERNEL = replace(
+    kernel(MIB), layout=tuple(Region(each.name, Range(each.range.start // 2, each.range.end // 2)) for each in LAYOUT)
+)
+"""K1 and K2: text, read-only data, freed init and data of 512 KiB each, from 0 up."""
 VPA = 0x30000
 """A page with a VPA of K1's, eye catcher and dispatch count included."""
 
 
 def tiny_plan(placement: str = "zero", *, opal: bool = False) -> LoadPlan:
-    """16 MiB with a region of 10 MiB: K1 has 6 MiB, of which the lower part moves."""
-    firmware = {"opal": Range(15 * MIB, 15 * MIB + 0x20000)} if opal else {}
+    """24 MiB with a region of 14 MiB: K1 has 10 MiB, of which the lowest move. OPAL has 128 KiB at 23 MiB."""
+    firmware = {"opal": Range(23 * MIB, 23 * MIB + 0x20000)} if opal else {}
     root = tree(
-        memory=[memory_node(0, 16 * MIB)],
-        region=Range(4 * MIB, 14 * MIB),
+        memory=[memory_node(0, 24 * MIB)],
+        region=Range(8 * MIB, 22 * MIB),
         platform="powernv" if opal else "pseries",
         cpus=2,
         **firmware,
     )
-    found = machine(root, notes_at=0x100000, layout_end=0x200000)
-    return plan_load(found, kernel(MIB), 0, "console=hvc0", placement)
+    found = machine(root, notes_at=0x100000, release=KERNEL.release)
+    return plan_load(found, KERNEL, 0, "console=hvc0", placement)
 
 
-def memory_of(plan: LoadPlan, seed: int = 1) -> bytearray:
+_NOISE = functools.cache(lambda size: random.Random(1).randbytes(size))
+
+
+def memory_of(plan: LoadPlan) -> bytearray:
     """All RAM as it was when K1 died: every page different, some zero, the marks of this crash in place."""
-    size = max(r.end for r in plan.memory)
-    memory = bytearray(random.Random(seed).randbytes(size))
+    memory = bytearray(_NOISE(max(r.end for r in plan.memory)))
     memory[:0x100] = HEAD
     memory[0x2F0000:0x300000] = bytes(0x10000)
     memory[0x310000 : 0x310000 + len(NONCE)] = NONCE
@@ -109,6 +117,7 @@ def truth_of(plan: LoadPlan, memory: bytes, directory: Path, **changes) -> Truth
         "nonce": NONCE,
         "panic": PANIC,
         "release": RELEASE,
+        "bare_metal": not plan.partition,
         "crashed_pid": PID,
     }
     return Truth(**(settings | changes))

@@ -1,5 +1,7 @@
 """Builds device trees, machines, kernels and plans: small, complete, and without a host."""
 
+import array
+import sys
 from dataclasses import dataclass, replace
 
 from crashkernel.formats.fdt import Node
@@ -16,6 +18,14 @@ GIB = 1 << 30
 KERNEL_BASE = 0xC000000000000000
 HEAD = bytes(range(0x100))
 """K1's first bytes in every machine here."""
+
+
+RELEASE = "6.1.0-test"
+LAYOUT = tuple(
+    Region(name, Range.sized(number * MIB, MIB))
+    for number, name in enumerate(("K1 text", "K1 read-only data", "K1 freed init", "K1 data"))
+)
+"""Where a kernel of that release has what."""
 
 
 def u32(*values: int) -> bytes:
@@ -111,18 +121,13 @@ def tree(
     return Node("", root | (properties or {}), tuple(children))
 
 
-def machine(root: Node, *, mmu: str | None = None, notes_at: int | None = None, layout_end: int = 0) -> Machine:
+def machine(root: Node, *, mmu: str | None = None, notes_at: int | None = None, release: str = "") -> Machine:
     """A machine as the live reader would complete it; notes (one page each) from `notes_at` on, VMCOREINFO first."""
     found = machine_from_tree(root)
     cpus, vmcoreinfo = found.cpus, None
     if notes_at is not None:
         vmcoreinfo = Range.sized(notes_at, 0x1000)
         cpus = tuple(Cpu(c.number, Range.sized(notes_at + 0x1000 * (1 + i), 0x400)) for i, c in enumerate(found.cpus))
-    layout: tuple[Region, ...] = ()
-    if layout_end:
-        step = layout_end // 4
-        names = ("K1 text", "K1 read-only data", "K1 freed init", "K1 data")
-        layout = tuple(Region(name, Range(i * step, (i + 1) * step)) for i, name in enumerate(names))
     return replace(
         found,
         mmu=mmu or found.mmu,
@@ -130,7 +135,7 @@ def machine(root: Node, *, mmu: str | None = None, notes_at: int | None = None, 
         page_size=0x10000,
         cpus=cpus,
         vmcoreinfo=vmcoreinfo,
-        k1_layout=layout,
+        release=release,
         head=HEAD[:HEAD_SIZE],
     )
 
@@ -142,15 +147,18 @@ def small_machine(**changes) -> Machine:
         "region": Range(64 * MIB, 192 * MIB),
         "rtas": Range.sized(160 * MIB, 0x10000),
     } | changes
-    return machine(tree(**settings), notes_at=0x300000, layout_end=0x400000)
+    return machine(tree(**settings), notes_at=0x300000, release=RELEASE)
 
 
 def kernel(span: int = 3 * MIB, size: int | None = None, byteorder: str = "little") -> KernelImage:
     """An image whose every 8 bytes name their own offset, with the flag of a relocatable kernel."""
     size = span // 2 if size is None else size
-    data = bytearray(b"".join((0x4B32000000000000 + at).to_bytes(8, "big") for at in range(0, size, 8)))
+    words = array.array("Q", range(0x4B32000000000000, 0x4B32000000000000 + size, 8))
+    if sys.byteorder == "little":
+        words.byteswap()
+    data = bytearray(words.tobytes())
     data[0x5C:0x60] = (0x72756E30).to_bytes(4, byteorder)
-    return KernelImage("vmlinux", "6.1.0-test", byteorder, bytes(data[:size]), span)
+    return KernelImage("vmlinux", RELEASE, byteorder, bytes(data[:size]), span, LAYOUT)
 
 
 def vmlinux(
@@ -176,6 +184,24 @@ def vmlinux(
         Part(vaddr=vaddr + 0x6000, paddr=0x6000, data=data, memory_size=span - 0x6000, alignment=0x10000),
     ]
     return write_elf(byteorder, parts, machine=machine_number, entry=vaddr)
+
+
+def with_sections(blob: bytes, sections: dict[str, int], byteorder: str = "little") -> bytes:
+    """An ELF file with section headers added: the null section, these by name and address, and the names' own."""
+    strings = b"\0" + b"".join(name.encode() + b"\0" for name in (*sections, ".shstrtab"))
+
+    def header(name: str, kind: int, address: int, offset: int, size: int) -> bytes:
+        words = [(strings.index(b"\0" + name.encode() + b"\0") + 1, 4), (kind, 4), (0, 8), (address, 8), (offset, 8), (size, 8)]
+        return b"".join(value.to_bytes(width, byteorder) for value, width in words).ljust(64, b"\0")
+
+    table = len(blob) + len(strings)
+    headers = [bytes(64), *(header(name, 1, address, 0, 0) for name, address in sections.items())]
+    headers.append(header(".shstrtab", 3, 0, len(blob), len(strings)))
+    out = bytearray(blob + strings + b"".join(headers))
+    out[40:48] = table.to_bytes(8, byteorder)
+    for at, value in ((58, 64), (60, len(headers)), (62, len(headers) - 1)):
+        out[at : at + 2] = value.to_bytes(2, byteorder)
+    return bytes(out)
 
 
 def small_plan(placement: str = "reserved", *, initrd_size: int = 70000, **changes) -> LoadPlan:

@@ -1,15 +1,20 @@
 """The capture kernel's image, from ELF files written here."""
 
 import struct
+from itertools import pairwise
+from typing import ClassVar
 
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
 from crashkernel.errors import FormatError
+from crashkernel.machine import Region
+from crashkernel.memory import Range
 from crashkernel.placement.image import RUN_AT_LOAD_OFFSET, KernelImage
 from support.elfwriter import Part, write_elf
 from support.hostile import corrupted, peak_memory, survives, truncations
-from support.machines import KERNEL_BASE, vmlinux
+from support.machines import KERNEL_BASE, vmlinux, with_sections
 
 both_orders = pytest.mark.parametrize("byteorder", ["little", "big"])
 
@@ -66,6 +71,42 @@ class TestRead:
         image = KernelImage.from_bytes(write_elf("big", parts))
         assert image.span == 0x2004
         assert image.data[0x2000:] == b"data"
+
+
+class TestLayout:
+    SECTIONS: ClassVar = {".text": 0, ".rodata": 0x1000, ".init.text": 0x2000, ".data": 0x4000, ".bss": 0x7000}
+
+    def layout(self, byteorder="little", **changes):
+        addresses = {name: KERNEL_BASE + at for name, at in (self.SECTIONS | changes).items() if at is not None}
+        return KernelImage.from_bytes(with_sections(vmlinux(byteorder), addresses, byteorder)).layout
+
+    @both_orders
+    def test_by_the_file_s_sections(self, byteorder):
+        assert self.layout(byteorder) == (
+            Region("K1 text", Range(0, 0x1000)),
+            Region("K1 read-only data", Range(0x1000, 0x2000)),
+            Region("K1 freed init", Range(0x2000, 0x4000)),
+            Region("K1 data", Range(0x4000, 0x9000)),
+        )
+
+    @pytest.mark.parametrize("name", [".rodata", ".init.text", ".data"])
+    @pytest.mark.parametrize("address", [None, 0, 0x9000, 1 << 40])
+    def test_none_when_they_make_no_sense(self, name, address):
+        assert self.layout(**{name: address}) == ()
+
+    def test_none_without_sections(self):
+        assert KernelImage.from_bytes(vmlinux()).layout == ()
+
+    @given(st.data())
+    def test_damaged_section_headers_never_spoil_the_image(self, data):
+        good = with_sections(vmlinux(), {name: KERNEL_BASE + at for name, at in self.SECTIONS.items()})
+        blob = bytearray(good)
+        at = data.draw(st.integers(len(vmlinux()), len(blob) - 1) | st.sampled_from((40, 41, 47, 58, 60, 61, 62, 63)))
+        blob[at] = data.draw(st.integers(0, 255))
+        image = KernelImage.from_bytes(bytes(blob))
+        assert image.data == KernelImage.from_bytes(good).data
+        for before, after in pairwise(image.layout):
+            assert before.range.end == after.range.start
 
 
 class TestRefused:

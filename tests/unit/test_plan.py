@@ -1,5 +1,6 @@
 """Plans: what holds for every machine, what is refused, and what a plan from outside is held against."""
 
+import functools
 import json
 from dataclasses import replace
 from itertools import pairwise
@@ -20,7 +21,20 @@ from crashkernel.placement.moves import K1, LINE, Copy, Exchange, Put
 from crashkernel.placement.plan import PLACEMENTS, LoadPlan, describe_move
 from crashkernel.placement.tree import capture_tree
 from crashkernel.purgatory import MAX_MOVES, pack
-from support.machines import GIB, HEAD, MIB, Block, drmem_node, kernel, machine, memory_node, small_machine, small_plan, tree
+from support.machines import (
+    GIB,
+    HEAD,
+    LAYOUT,
+    MIB,
+    Block,
+    drmem_node,
+    kernel,
+    machine,
+    memory_node,
+    small_machine,
+    small_plan,
+    tree,
+)
 
 every_placement = pytest.mark.parametrize("placement", PLACEMENTS)
 pages = lambda low, high: st.integers(low // PAGE, high // PAGE).map(lambda n: n * PAGE)  # noqa: E731
@@ -57,7 +71,7 @@ def machines(draw: st.DrawFn) -> Machine:
         opal=where if platform == "powernv" else None,
         extra=extra,
     )
-    return machine(root, notes_at=12 * MIB, layout_end=8 * MIB)
+    return machine(root, notes_at=12 * MIB)
 
 
 images = st.builds(kernel, st.integers(1 * MIB, 90 * MIB), st.just(MIB))
@@ -91,6 +105,10 @@ def check_invariants(plan: LoadPlan, found: Machine, image: KernelImage) -> None
     for segment in plan.segments:
         if segment.content != "kernel":
             assert plan.k2_memory.covers(segment.range), "K2 cannot reach what it is handed"
+
+    needed = Range(0, image.span + EARLY_ALLOCATIONS if plan.placement == "zero" else PAGE)
+    assert plan.k2_memory.covers(needed)
+    assert not any(s.range.overlaps(needed) for s in plan.segments if s.content != "kernel"), "K2's early allocator needs it"
 
     touched = [Range.sized(m.dst, m.size) for m in plan.moves]
     touched += [Range.sized(m.src, m.size) for m in plan.moves if not isinstance(m, Put)]
@@ -211,6 +229,10 @@ class TestPlacements:
         assert plan.opal == (opal.start, opal.start + 0x4E0)
         assert plan.k2_mapped.covers(opal), "K2 reads OPAL's log"
         assert not plan.k2_memory.overlaps(opal)
+
+    def test_the_layout_is_known_only_of_the_kernel_that_runs(self):
+        assert small_plan().k1_layout == LAYOUT
+        assert make_plan(replace(small_machine(), release="6.1.0-other"), kernel(), "zero").k1_layout == ()
 
     def test_only_the_cpus_that_run_come_to_the_purgatory(self):
         found = small_machine(cpus=4)
@@ -467,7 +489,7 @@ class TestTree:
 
 def damaged(change) -> str:
     """The JSON of a good plan after `change` was made to it."""
-    raw = json.loads(small_plan("zero").to_json())
+    raw = json.loads(small_text())
     change(raw)
     return json.dumps(raw)
 
@@ -606,13 +628,9 @@ class TestJson:
         survive(json.dumps(raw))
 
 
-SMALL: list[str] = []
-
-
+@functools.cache
 def small_text() -> str:
-    if not SMALL:
-        SMALL.append(small_plan("zero").to_json())
-    return SMALL[0]
+    return small_plan("zero").to_json()
 
 
 def places(value):

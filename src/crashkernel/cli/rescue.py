@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from crashkernel import loader
-from crashkernel.errors import UsageError
+from crashkernel.errors import EnvironmentFault, UsageError
 from crashkernel.formats.fdt import DeviceTree
 from crashkernel.machine import HEAD_SIZE
 from crashkernel.machine.devicetree import machine_from_tree
@@ -123,7 +123,9 @@ def _load(arguments: argparse.Namespace) -> int:
     machine = read_machine()
     plan, image, initrd = _make_plan(arguments, machine)
     if len(machine.head) != HEAD_SIZE:
-        raise UsageError("cannot read this kernel's first bytes from /proc/kcore", hint="run as root; lockdown forbids it too")
+        raise EnvironmentFault(
+            "cannot read this kernel's first bytes from /proc/kcore", hint="run as root; lockdown forbids it too"
+        )
     payloads = loader.assemble(plan, machine, image, initrd)
     if not arguments.dry_run:
         loader.load(plan, payloads)

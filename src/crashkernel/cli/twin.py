@@ -313,10 +313,10 @@ class _Display:
         else:
             self.line(f"{placement}: FAIL after {outcome.seconds:.1f} s", style="bold red")
         if failure is not None:
-            self.line(f"  stage {failure.stage}: {failure.message}")
+            self.line(f"  {failure.message}")
             if failure.hint:
                 self.line(f"  likely cause: {failure.hint}")
-            for text in failure.console[-20:]:
+            for text in failure.console[-12:]:
                 self.line(f"  console | {text}", style="dim")
         if outcome.verdict is not None:
             self.verdict(outcome.verdict)

@@ -50,6 +50,8 @@ class Twin:
     crashkernel: str = "512M"
 
     def __post_init__(self) -> None:
+        if self.smp < 1:
+            raise UsageError(f"--smp {self.smp}: a machine has at least one CPU")
         if self.machine == "powernv9" and self.cpu != "POWER9":
             raise UsageError(f"powernv9 is a POWER9 machine, not {self.cpu}", hint="leave --cpu out")
         if self.machine == "powernv10" and self.cpu != "POWER10":
@@ -194,7 +196,10 @@ class Machine:
         self.wiring = wiring
         self.console: deque[str] = deque(maxlen=CONSOLE_TAIL)
         self.panics: list[str] = []
+        self.panics_expected = 0
+        self._panicked = asyncio.Event()
         self.reservation = ""
+        self.spoke = asyncio.Event()  # set by each line on the console
         self._log = log
         self._control: tuple[asyncio.StreamReader, asyncio.StreamWriter]
         self._qmp: QMPClient
@@ -244,11 +249,20 @@ class Machine:
     async def line(self) -> str:
         """The next line from the guest's control port.
 
-        :raise EOFError: QEMU is gone.
+        :raise EOFError: QEMU is gone, or a kernel died that was not to die now.
         """
-        raw = await self._control[0].readline()
+        reading = asyncio.ensure_future(self._control[0].readline())
+        panic = asyncio.ensure_future(self._panicked.wait())
+        try:
+            await asyncio.wait({reading, panic}, return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done():
+                raise EOFError(self.panics[-1])
+        finally:
+            panic.cancel()
+            reading.cancel()
+        raw = reading.result()
         if not raw:
-            raise EOFError("the twin is gone")
+            raise EOFError("the twin ended")
         return raw.decode("utf-8", "replace").rstrip("\n")
 
     async def exactly(self, size: int) -> bytes:
@@ -290,8 +304,11 @@ class Machine:
                 log.flush()
                 line = raw.decode("utf-8", "replace").strip("\r\n")
                 self.console.append(line)
+                self.spoke.set()
                 if "Kernel panic - not syncing" in line:
                     self.panics.append(line)
+                    if len(self.panics) > self.panics_expected:
+                        self._panicked.set()
                 if "for crashkernel" in line or "crashkernel reserved" in line:
                     self.reservation = line
 

@@ -70,6 +70,7 @@ def evidence_json(truth: Truth) -> str:
             "panic": truth.panic,
             "release": truth.release,
             "crashed_pid": truth.crashed_pid,
+            "bare_metal": truth.bare_metal,
         },
         indent=1,
     )
@@ -93,6 +94,7 @@ def judge_kept(directory: Path) -> Verdict:
             panic=str(raw["panic"]),
             release=str(raw["release"]),
             crashed_pid=int(raw["crashed_pid"]),
+            bare_metal=raw["bare_metal"] is True,
         )
         return judge(directory / DUMP, truth, plan)
     except OSError as error:

@@ -111,7 +111,9 @@ class _Clock:
         except EOFError as error:
             # the console's last words may still be on their way
             await asyncio.sleep(0.2)
-            raise self._failed(stage, "the twin ended", machine) from error
+            raise self._failed(stage, str(error), machine) from error
+        except _Silent as error:
+            raise StageFailed(stage.name, error.reason, hint=_likely(stage, (error.reason,))) from error
         except _GuestSaidNo as error:
             await asyncio.sleep(0.2)
             raise self._failed(stage, error.reason, machine) from error
@@ -127,6 +129,10 @@ class _GuestSaidNo(Exception):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+class _Silent(_GuestSaidNo):
+    """K2 never printed a line: what the console holds is K1's."""
 
 
 def run_drill(scenario: Scenario, userland: Userland, tell: Listener) -> Outcome:
@@ -168,14 +174,17 @@ async def _drill(scenario: Scenario, userland: Userland, wiring: Wiring, outcome
         debugger = await machine.attach()
         head = _read_ram(wiring.ram, HEAD_SIZE)
         async with clock.stage(CRASH, machine):
+            machine.panics_expected = 1
             machine.say("crash")
             await _run_until(machine, debugger, purgatory)
         async with clock.stage(COPY_TRUTH, machine):
             await asyncio.to_thread(_copy_sparse, wiring.ram, wiring.directory / TRUTH)
         async with clock.stage(HANDOVER, machine):
             await _run_until(machine, debugger, plan.entry)
+            machine.spoke.clear()
             await debugger.detach()
         async with clock.stage(BOOT_K2, machine):
+            await _first_words(machine, wiring.ram, plan)
             await _expect(machine, "k2-up")
         async with clock.stage(CAPTURE, machine) as note:
             size = int(await _expect(machine, "vmcore"))
@@ -190,6 +199,7 @@ async def _drill(scenario: Scenario, userland: Userland, wiring: Wiring, outcome
             panic=_panic_text(machine.panics),
             release=scenario.k1.name,
             crashed_pid=_CRASHED_PID,
+            bare_metal=scenario.twin.machine != "pseries",
         )
         (wiring.directory / EVIDENCE).write_text(evidence_json(truth))
     async with clock.stage(VERIFY):
@@ -255,6 +265,7 @@ async def _bare(scenario: Scenario, userland: Userland, wiring: Wiring, outcome:
         async with clock.stage(LOAD, machine) as note:
             await _expect(machine, "armed", log=note)
         async with clock.stage(BOOT_K2, machine):  # kexec-tools' purgatory and its integrity check included
+            machine.panics_expected = 1
             machine.say("crash")
             await _expect(machine, "k2-up")
             await machine.quit()
@@ -305,6 +316,31 @@ async def _expect(
                 log(rest)
         if kind == "progress" and progress:
             progress(int(rest))
+
+
+_SILENCE = 60  # seconds; K2's first line takes one or two
+_PANIC = b"Kernel panic - not syncing: "
+
+
+async def _first_words(machine: Machine, ram: Path, plan: LoadPlan) -> None:
+    """Wait for K2's first line. A kernel that dies before its console works leaves its reason in its log, in its memory."""
+    try:
+        async with asyncio.timeout(_SILENCE):
+            await machine.spoke.wait()
+    except TimeoutError as error:
+        # K2's log buffer is static data: in its image, wherever that runs
+        image = Range.sized(plan.entry, plan.kernel_span)
+        with ram.open("rb") as file:
+            file.seek(image.start)
+            memory = file.read(image.size)
+        message = f"K2 printed nothing for {_SILENCE} s"
+        at = memory.rfind(_PANIC)
+        while at >= 0:
+            text = re.split(rb"[\0\n]| \]---", memory[at : at + 200])[0]  # the ring's records have no terminator
+            if b"%s" not in text:  # else it is the format itself
+                raise _Silent(f"{message}; its log says: {text.decode('ascii', 'replace')}") from error
+            at = memory.rfind(_PANIC, 0, at)
+        raise _Silent(message) from error
 
 
 async def _run_until(machine: Machine, debugger: Debugger, address: int) -> None:
@@ -377,7 +413,7 @@ def _likely(stage: Stage, console: tuple[str, ...]) -> str:
     for sign, cause in (
         ("Crash kernel can not overlap current kernel", "crashkernel=…@OFFSET lies over K1: choose a higher offset"),
         ("Out of memory", "K2 ran out of memory: raise crashkernel="),
-        ("Failed to allocate", "K2 found no memory early in its boot: raise crashkernel="),
+        ("ailed to allocate", "K2 found no memory early in its boot: raise crashkernel="),
         ("Unable to handle kernel", "the kernel took a fault: see the console's last lines"),
     ):
         if sign in text:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from crashkernel.errors import CrashkernelError
-from crashkernel.formats.elf import NT_PRSTATUS, ElfFile, Note, PrStatus
+from crashkernel.formats.elf import EM_PPC64, ET_CORE, NT_PRSTATUS, ElfFile, Note, PrStatus
 from crashkernel.formats.vmcoreinfo import VmcoreInfo
 from crashkernel.machine import HEAD_SIZE
 from crashkernel.memory import Range, RangeSet
@@ -52,6 +52,7 @@ class Truth:
     panic: str  # the line K1 printed on its console, without the time stamp
     release: str  # uname -r of K1
     crashed_pid: int
+    bare_metal: bool  # OPAL firmware lives in the twin's memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +126,8 @@ def judge(dump: Path, truth: Truth, plan: LoadPlan) -> Verdict:
             head = os.pread(file.fileno(), min(size, _HEADERS), 0)
             # a cut dump still has headers: judge what is there and count the rest as missing
             elf = ElfFile.from_bytes(head, source=dump.name, file_size=1 << 63)
+            if (elf.type, elf.machine) != (ET_CORE, EM_PPC64):
+                verdict.problems.append(f"not a ppc64 core file: ELF type {elf.type}, machine {elf.machine}")
             pieces = _pieces(elf, k1, size, verdict)
             _compare(file.fileno(), memory.fileno(), pieces, truth, plan, verdict)
             _marks(file.fileno(), elf, truth, verdict)
@@ -177,8 +180,11 @@ def _pieces(elf: ElfFile, k1: RangeSet, size: int, verdict: Verdict) -> list[_Pi
 
 
 def _compare(dump: int, memory: int, pieces: list[_Piece], truth: Truth, plan: LoadPlan, verdict: Verdict) -> None:
-    live = [region for region in plan.firmware if region.name == "OPAL" or region.name.startswith(_SKIBOOT)]
+    # a partition's firmware is below it; what a plan calls OPAL there excuses nothing
+    named = plan.firmware if truth.bare_metal else ()
+    live = [region for region in named if region.name == "OPAL" or region.name.startswith(_SKIBOOT)]
     wrong_blocks: list[_Wrong] = []
+    head_bytes = 0
     ours, theirs = bytearray(_CHUNK), bytearray(_CHUNK)
     for piece in pieces:
         for start in range(piece.range.start, piece.range.end, _CHUNK):
@@ -187,8 +193,9 @@ def _compare(dump: int, memory: int, pieces: list[_Piece], truth: Truth, plan: L
             _read(dump, ours, size, at)
             _read(memory, theirs, size, start)
             if start < HEAD_SIZE:
-                theirs[: HEAD_SIZE - start] = truth.head[start:]
-                verdict.first_256_bytes_ok = start == 0 and ours[:HEAD_SIZE] == truth.head
+                part = truth.head[start : start + size]
+                theirs[: len(part)] = part
+                head_bytes += len(part) if ours[: len(part)] == part else 0
             verdict.bytes_compared += size
             if ours[:size] == theirs[:size] if size < _CHUNK else ours == theirs:
                 continue
@@ -198,6 +205,7 @@ def _compare(dump: int, memory: int, pieces: list[_Piece], truth: Truth, plan: L
                     wrong_blocks += _without_dispatch_counts(block, verdict)
                 else:
                     verdict.exempt.append(Exemption(block.range, region.name, block.wrong))
+    verdict.first_256_bytes_ok = head_bytes == HEAD_SIZE
     verdict.bytes_wrong = sum(block.wrong for block in wrong_blocks)
     verdict.wrong_ranges = _describe(wrong_blocks, plan)
 
@@ -259,6 +267,7 @@ def _describe(blocks: list[_Wrong], plan: LoadPlan) -> list[WrongRange]:
     # the same bytes elsewhere among the wrong blocks: pages that changed places
     true_home = {block.true: block.start for block in blocks if any(block.true)}
     merged: list[tuple[Range, int, str, str]] = []
+    last_alike: tuple[object, ...] = ()
     for block in blocks:
         what = describe_place(block.range.start, plan)
         note = ""
@@ -267,27 +276,33 @@ def _describe(blocks: list[_Wrong], plan: LoadPlan) -> list[WrongRange]:
             note = f"holds what belongs at {home:#x}"
         elif not any(block.dumped):
             note = "zeros"
-        if merged:
-            previous, wrong, previous_what, previous_note = merged[-1]
-            if block.range.start - previous.end < _BLOCK and (what, note) == (previous_what, previous_note):
-                merged[-1] = (Range(previous.start, block.range.end), wrong + block.wrong, what, note)
-                continue
-        merged.append((block.range, block.wrong, what, note))
+        # addresses in `what` and `note` grow with the block's own: neighbours are alike if these run in step
+        shift = next((k.location - k.range.start for k in plan.kept if block.range.start in k.range), None)
+        alike = (*_names(block.range.start, plan), shift, note if home is None else home - block.start)
+        if merged and alike == last_alike and block.range.start - merged[-1][0].end < _BLOCK:
+            previous, wrong, what, note = merged[-1]
+            merged[-1] = (Range(previous.start, block.range.end), wrong + block.wrong, what, note)
+        else:
+            merged.append((block.range, block.wrong, what, note))
+        last_alike = alike
     return [WrongRange(*item) for item in merged]
 
 
 def describe_place(paddr: int, plan: LoadPlan) -> str:
     """What lives at a physical address of K1, in the words of a report."""
-    parts = []
-    if paddr < HEAD_SIZE:
-        parts.append("K1's first 0x100 bytes")
-    parts += [region.name for region in (*plan.firmware, *plan.k1_layout) if paddr in region.range]
-    if any(paddr in note for note in plan.notes):
-        parts.append("crash notes")
+    parts = _names(paddr, plan)
     for kept in plan.kept:
         if paddr in kept.range and kept.location != kept.range.start:
             parts.append(f"moved to {kept.location + paddr - kept.range.start:#x}")
     return ", ".join(parts) or f"{K1} memory"
+
+
+def _names(paddr: int, plan: LoadPlan) -> list[str]:
+    names = ["K1's first 0x100 bytes"] if paddr < HEAD_SIZE else []
+    names += [region.name for region in (*plan.firmware, *plan.k1_layout) if paddr in region.range]
+    if any(paddr in note for note in plan.notes):
+        names.append("crash notes")
+    return names
 
 
 def _marks(dump: int, elf: ElfFile, truth: Truth, verdict: Verdict) -> None:

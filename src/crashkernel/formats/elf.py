@@ -5,8 +5,8 @@ References: the ELF specification (System V gABI, chapters 4 "Object Files" and 
 writes one), `include/uapi/linux/elfcore.h` (`struct elf_prstatus`) and `arch/powerpc/include/uapi/asm/ptrace.h`
 (`struct pt_regs`).
 
-Program headers and notes are read; of the sections only what an escaped program header count needs. 32-bit ELF is
-refused.
+Program headers and notes are read; of the sections only their addresses, and what an escaped program header count needs.
+32-bit ELF is refused.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ _HEADER = "HHIQQQIHHHHHH"
 _HEADER_SIZE = 64
 _PROGRAM_HEADER = "IIQQQQQQ"  # Elf64_Phdr: type, flags, offset, vaddr, paddr, filesz, memsz, align
 _PROGRAM_HEADER_SIZE = 56
+_SECTION_HEADER = "IIQQQQIIQQ"  # Elf64_Shdr: name, type, flags, addr, offset, size, link, info, addralign, entsize
+_SECTION_HEADER_SIZE = 64
 _SECTION_INFO = 44  # offset of the word sh_info in Elf64_Shdr
 _NOTE_HEADER = "III"  # Elf64_Nhdr: namesz, descsz, type
 _NOTE_HEADER_SIZE = 12
@@ -170,6 +172,29 @@ def _check(segment: Segment, number: int, file_size: int, source: str) -> None:
     if segment.type == PT_LOAD and segment.file_size > segment.memory_size:  # gABI chapter 5, p_memsz
         message = f"{name} has {segment.file_size:#x} bytes in the file for {segment.memory_size:#x} in memory"
         raise FormatError(message, source=source)
+
+
+def section_addresses(data: bytes | memoryview) -> dict[str, int]:
+    """Virtual addresses of a file's sections by name; empty when its section headers are missing or make no sense.
+
+    They are no part of what a loader needs (gABI chapter 4), so a file without them is no worse for it.
+    """
+    view = memoryview(data)
+    if len(view) < _HEADER_SIZE or view[5] not in _DATA:
+        return {}
+    order = _order(_DATA[view[5]])
+    (*_, table, _, _, _, _, entry_size, count, names) = struct.unpack_from(order + _HEADER, view, _IDENT_SIZE)
+    end = table + count * _SECTION_HEADER_SIZE
+    if entry_size != _SECTION_HEADER_SIZE or names >= count or end > len(view):
+        return {}
+    headers = list(struct.iter_unpack(order + _SECTION_HEADER, view[table:end]))
+    strings = bytes(view[headers[names][4] : headers[names][4] + headers[names][5]])
+    addresses = {}
+    for name, _, _, address, *_ in headers:
+        if address and name < len(strings):
+            text = strings[name : strings.find(b"\0", name)]
+            addresses[text.decode("ascii", "replace")] = address
+    return addresses
 
 
 def iter_notes(data: bytes | memoryview, byteorder: ByteOrder, source: str = "") -> Iterator[Note]:

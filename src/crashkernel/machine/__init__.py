@@ -64,10 +64,10 @@ class Machine:
     reserved: Range | None  # crashkernel=
     firmware: tuple[Region, ...]  # RTAS, OPAL, TCE tables, reserved-memory: live below any kernel
     initrd: Range | None  # K1's
-    k1_layout: tuple[Region, ...]  # text, init, data of K1, to name what lies where
     vmcoreinfo: Range | None
     head: bytes  # K1's first HEAD_SIZE bytes, b"" when nobody could read them
     cmdline: str  # K1's
+    release: str  # K1's, "" when only its tree is known
     timebase_hz: int
     device_tree: Node
 

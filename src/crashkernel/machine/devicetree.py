@@ -48,10 +48,10 @@ def machine_from_tree(root: Node, *, source: str = "device tree") -> Machine:
         reserved=_reserved(chosen),
         firmware=tuple(_firmware(root)),
         initrd=_pair(chosen, "linux,initrd-start", "linux,initrd-end"),
-        k1_layout=(),
         vmcoreinfo=None,
         head=b"",
         cmdline=_text(chosen, "bootargs") if chosen is not None else "",
+        release="",
         timebase_hz=_timebase(root),
         device_tree=root,
     )

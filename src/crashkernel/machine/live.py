@@ -13,7 +13,7 @@ from pathlib import Path
 from crashkernel.errors import EnvironmentFault, FormatError
 from crashkernel.formats.elf import ElfFile
 from crashkernel.formats.fdt import Node
-from crashkernel.machine import HEAD_SIZE, Cpu, Machine, Mmu, Region
+from crashkernel.machine import HEAD_SIZE, Cpu, Machine, Mmu
 from crashkernel.machine.devicetree import machine_from_tree
 from crashkernel.memory import Range
 
@@ -40,10 +40,10 @@ def read_machine(root: Path = Path("/")) -> Machine:
         byteorder=sys.byteorder,
         page_size=os.sysconf("SC_PAGESIZE"),
         cpus=_cpus(root),
-        k1_layout=_layout(root),
         vmcoreinfo=_vmcoreinfo(sys_kernel / "vmcoreinfo"),
         head=_head(root / "proc/kcore"),
         cmdline=(root / "proc/cmdline").read_text().strip(),
+        release=(root / "proc/sys/kernel/osrelease").read_text().strip(),
     )
 
 
@@ -101,34 +101,6 @@ def _online(path: Path) -> set[int]:
         first, _, last = piece.partition("-")
         numbers.update(range(int(first), int(last or first) + 1))
     return numbers
-
-
-def _layout(root: Path) -> tuple[Region, ...]:
-    """K1's text, init and data from its symbols (arch/powerpc/kernel/vmlinux.lds.S); empty if kallsyms hides addresses."""
-    wanted = {"_stext", "_etext", "__init_begin", "__init_end", "_end"}
-    found: dict[str, int] = {}
-    try:
-        with (root / "proc/kallsyms").open(encoding="ascii", errors="replace") as symbols:
-            for line in symbols:
-                name = line[19:-1]  # "c000000000000000 T _stext": fixed columns, and there are 100,000 lines
-                if name in wanted:
-                    found[name] = int(line[:16], 16)
-                    if len(found) == len(wanted):
-                        break
-    except OSError:
-        return ()
-    if len(found) < len(wanted) or not found["_end"]:
-        return ()
-    text, etext, init, init_end, end = (
-        found[name] - PAGE_OFFSET for name in ("_stext", "_etext", "__init_begin", "__init_end", "_end")
-    )
-    pieces = (
-        ("K1 text", text, etext),
-        ("K1 read-only data", etext, init),
-        ("K1 freed init", init, init_end),
-        ("K1 data", init_end, end),
-    )
-    return tuple(Region(name, Range(start, stop)) for name, start, stop in pieces if start < stop)
 
 
 def _vmcoreinfo(path: Path) -> Range | None:

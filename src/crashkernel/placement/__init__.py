@@ -93,7 +93,8 @@ def plan_load(
         memory=machine.memory,
         reserved=region,
         firmware=machine.firmware,
-        k1_layout=machine.k1_layout,
+        # /proc/kallsyms has no data symbols in distribution kernels; the file has, if K2 is the kernel that runs
+        k1_layout=image.layout if image.release == machine.release else (),
         segments=segments,
         moves=table.moves,
         entry=table.entry,

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from crashkernel.errors import FormatError
-from crashkernel.formats.elf import EM_PPC64, ElfFile
+from crashkernel.formats.elf import EM_PPC64, ElfFile, section_addresses
+from crashkernel.machine import Region
+from crashkernel.memory import Range
 
 if TYPE_CHECKING:
     from crashkernel.machine import ByteOrder
@@ -17,6 +20,7 @@ RUN_AT_LOAD_OFFSET = 0x5C
 _RUN_AT_ZERO = 0x72756E30  # "run0": K2 copies itself to physical 0 first
 _RUN_IN_PLACE = 1
 _BANNER = b"Linux version "
+_LONGEST_RELEASE = 65  # __NEW_UTS_LEN, include/uapi/linux/utsname.h
 _KERNEL_BASE = 0xC000000000000000
 
 
@@ -29,6 +33,7 @@ class KernelImage:
     byteorder: ByteOrder
     data: bytes
     span: int
+    layout: tuple[Region, ...] = ()  # text, init and data by the file's sections, if it has any
 
     @classmethod
     def from_bytes(cls, data: bytes, source: str = "") -> KernelImage:
@@ -70,7 +75,7 @@ class KernelImage:
                 offset=RUN_AT_LOAD_OFFSET,
                 hint="give a kernel with CONFIG_RELOCATABLE=y, as every distribution ships",
             )
-        return cls(source, _release(data), elf.byteorder, bytes(flat), span)
+        return cls(source, _release(data), elf.byteorder, bytes(flat), span, _layout(section_addresses(data), base, span))
 
     def bytes_to_load(self, *, in_place: bool) -> bytes:
         """The image with `__run_at_load` set: `in_place` makes K2 relocate itself where it lies instead of moving to 0."""
@@ -80,12 +85,22 @@ class KernelImage:
         return bytes(image)
 
 
+def _layout(sections: dict[str, int], base: int, span: int) -> tuple[Region, ...]:
+    # The order in memory is the linker script's (arch/powerpc/kernel/vmlinux.lds.S); what lies between .init.text and .data
+    # is freed after the boot (free_initmem).
+    bounds = [sections.get(name, 0) - base for name in (".rodata", ".init.text", ".data")]
+    if not 0 < bounds[0] < bounds[1] < bounds[2] < span:
+        return ()
+    names = ("K1 text", "K1 read-only data", "K1 freed init", "K1 data")
+    return tuple(Region(name, Range(*piece)) for name, piece in zip(names, pairwise([0, *bounds, span]), strict=True))
+
+
 def _release(data: bytes) -> str:
     # linux_banner, init/version.c: "Linux version RELEASE (builder) …"; format strings with "%s" are not it
     at = data.find(_BANNER)
     while at >= 0:
-        word = data[at + len(_BANNER) : at + len(_BANNER) + 128].split(b" ", 1)[0]
-        if word[:1].isdigit():
-            return word.decode("ascii", "replace")
+        word = data[at + len(_BANNER) : at + len(_BANNER) + _LONGEST_RELEASE].split(b" ", 1)[0].decode("ascii", "replace")
+        if word[:1].isdigit() and word.isprintable():
+            return word
         at = data.find(_BANNER, at + 1)
     return "unknown"

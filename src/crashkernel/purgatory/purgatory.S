@@ -121,8 +121,8 @@ slave:
 
 # ---------------------------------------------------------------------------------------------- the hypervisor
 # A hypervisor counts a CPU's dispatches in that CPU's VPA, a page of K1's that K1 registered and, dying, leaves registered
-# (pseries_kexec_cpu_down, arch/powerpc/platforms/pseries/kexec.c: no hypervisor call in a crash). Where memory moves, these
-# writes would go on into what lies there now, K2. So each CPU takes its own areas back; the VPA goes last, the hypervisor
+# (pseries_kexec_cpu_down, arch/powerpc/platforms/pseries/kexec.c: up to 6.1.176 no hypervisor call in a crash; 6.1.192 and
+# 7.2 take it back themselves). Where memory moves, these writes would go on into what lies there now, K2. So each CPU takes its own areas back; the VPA goes last, the hypervisor
 # keeps it while the others stand. r30 = params, r31 = physical id. Clobbers what a hypercall may: r0, r3-r12, ctr, xer, cr.
 leave_hypervisor_areas:
         lwz     %r9,P_PARTITION(%r30)

@@ -30,19 +30,20 @@ _LABELS = {
 def draw_stages(plan: LoadPlan) -> str:
     """All stages of `plan` as maps, then where everything lies before and after."""
     lines = [
-        f"K2 {plan.kernel}, placement {plan.placement}, on {plan.machine}",
-        f"reserved {plan.reserved} ({format_size(plan.reserved.size)}); "
+        f"K2 {plan.kernel}, placement {plan.placement}",
+        f"on {plan.machine}",
+        f"reserved {plan.reserved} ({format_size(plan.reserved.size)})",
         f"the dump will hold {format_size(plan.k1_memory.total)} of K1's memory",
         "",
     ]
     stages = plan.stages()
     for title, layout in stages:
         lines += [title, *draw_layout(layout, plan.reserved), ""]
-    lines += ["p purgatory, h elfcorehdr, t device tree, i initrd; 'K1 from X': K1's bytes that were at X", ""]
+    lines += ["p purgatory, h elfcorehdr, t device tree, i initrd", "K1 from X: bytes of K1 that were at X", ""]
     lines += _table("loaded", stages[0][1])
     lines += ["", *_table("K2 starts", stages[-1][1])]
     lines += ["", "K2's memory", *(f"  {r!s:<36} {format_size(r.size):>10}" for r in plan.k2_memory)]
-    lines += [f"K2 is entered at {plan.entry:#x} with: {plan.cmdline}"]
+    lines += [f"K2 is entered at {plan.entry:#x} with", f"  {plan.cmdline}"]
     return "\n".join(lines)
 
 

@@ -1,0 +1,121 @@
+"""The purgatory above a hypervisor: QEMU's pseries takes hypercalls and counts dispatches in the VPAs, as PowerVM does.
+
+K1's stubs register a virtual processor area, an SLB shadow buffer and a dispatch trace log for each CPU in K1's low memory,
+as a kernel does, and leave them registered, as a kernel that dies does.
+"""
+
+import pytest
+
+from crashkernel.machine import HEAD_SIZE
+from crashkernel.placement.moves import Exchange, Put
+from support.bench import ARRIVED, CPUS, MIB, QUIET, START_BOX, STUBS, Code, Crash
+
+pytestmark = pytest.mark.bench
+
+H_REGISTER_VPA, H_RTAS = 0xDC, 0xF000
+VPA, DTL, SLB_SHADOW = 1, 2, 3  # functions of H_REGISTER_VPA (PAPR 14.11.3.2); 4 more take the area back
+H_SUCCESS, H_RESOURCE = 0, (-16) & 0xFFFFFFFFFFFFFFFF
+START_CPU = 0x2006  # QEMU's token of start-cpu
+AREAS = 0x40000  # K1's, a page for each kind and CPU
+RTAS_ARGUMENTS = QUIET + 0x3F800
+EYE_CATCHER = b"\xd3\x97\xd7\x81"
+MOVES = (Put(0, HEAD_SIZE), Exchange(0, 6 * MIB, 2 * MIB))
+RESULTS = START_BOX + 0x40
+
+
+def area(cpu: int, function: int) -> int:
+    return AREAS + 0x4000 * cpu + 0x1000 * function
+
+
+def area_bytes(function: int) -> bytes:
+    """An area as its owner prepares it: its size at 4, and the eye catcher that Linux gives its VPAs."""
+    if function == VPA:
+        return EYE_CATCHER + (0x280).to_bytes(2, "big") + bytes(0x280 - 6)
+    return bytes(4) + (0x1000).to_bytes(4, "big") + bytes(0x1000 - 8)
+
+
+def register(code: Code, cpu: int, function: int, result: int) -> Code:
+    code.load(4, function).sldi(4, 4, 45)
+    code.load(3, H_REGISTER_VPA).load(5, cpu).load(6, area(cpu, function)).hypercall()
+    return code.load(20, result).std(3, 0, 20)
+
+
+def k1(start_others: bool):
+    def before(code: Code, cpu: int) -> None:
+        for function in (VPA, SLB_SHADOW, DTL):
+            register(code, cpu, function, RESULTS + 0x40 * cpu + 8 * function)
+        if cpu == 0 and start_others:
+            code.load(3, H_RTAS).load(4, RTAS_ARGUMENTS).hypercall()
+            code.load(20, RESULTS).std(3, 0, 20)
+
+    return before
+
+
+def k2(cpus: int):
+    """K2 asks whether the areas are still there: a log can only be registered beside a VPA."""
+
+    def after(code: Code) -> None:
+        for cpu in range(cpus):
+            register(code, cpu, DTL, RESULTS + 0x200 + 8 * cpu)
+
+    return after
+
+
+def crash(cpus: int, *, little: bool = False, partition: bool = True, **settings) -> Crash:
+    words = (START_CPU, 3, 1, 1, STUBS + 0x400, 1, 0xFFFFFFFF)
+    places = [(RTAS_ARGUMENTS, b"".join(word.to_bytes(4, "big") for word in words))]
+    places += [(area(cpu, f), area_bytes(f)) for cpu in range(cpus) for f in (VPA, DTL, SLB_SHADOW)]
+    return Crash(
+        CPUS["partition"],
+        MOVES,
+        entry=0,
+        k2_at=6 * MIB,
+        little=little,
+        ids=tuple(range(cpus)),
+        comes=(True,) * (cpus - 1),
+        slaves=cpus - 1,
+        slave_timeout=1 << 40,
+        partition=partition,
+        places=tuple(places),
+        before=k1(cpus > 1),
+        after=k2(cpus),
+        **settings,
+    )
+
+
+def hypervisor_s(cpus: int) -> list[tuple[int, int]]:
+    """What the hypervisor wrote in K1's areas before they were taken from it, where these are after the moves."""
+    vpas = [6 * MIB + area(cpu, VPA) for cpu in range(cpus)]
+    return [(RTAS_ARGUMENTS + 24, 4), *((vpa + 9, 1) for vpa in vpas), *((vpa + 0x100, 4) for vpa in vpas)]
+
+
+@pytest.mark.parametrize("little", [False, True], ids=["BE", "LE"])
+@pytest.mark.parametrize("cpus", [1, 2])
+class TestAreas:
+    def test_they_are_taken_back_before_anything_moves(self, tmp_path, cpus, little):
+        with crash(cpus, little=little).run(tmp_path) as run:
+            run.finish()
+            for cpu in range(cpus):
+                for function in (VPA, SLB_SHADOW, DTL):
+                    assert run.u64(RESULTS + 0x40 * cpu + 8 * function) == H_SUCCESS, "K1's stub could not register them"
+                # refused because the VPA is gone: the hypervisor knows no area of this CPU any more
+                assert run.u64(RESULTS + 0x200 + 8 * cpu) == H_RESOURCE
+            assert run.u32(ARRIVED) == cpus - 1
+            if cpus > 1:
+                assert run.slave(1)["r3"] == 1
+            run.check(except_at=hypervisor_s(cpus))
+
+    def test_without_hypercalls_they_would_stay(self, tmp_path, cpus, little):
+        """The test above can see the difference: `partition` off leaves the areas where they are."""
+        with crash(cpus, little=little, partition=False).run(tmp_path) as run:
+            run.finish()
+            assert [run.u64(RESULTS + 0x200 + 8 * cpu) for cpu in range(cpus)] == [H_SUCCESS] * cpus
+
+
+def test_areas_that_were_never_registered_are_no_obstacle(tmp_path):
+    bare = Crash(CPUS["partition"], MOVES, entry=0, k2_at=6 * MIB, partition=True, slave_timeout=1 << 40, ids=(0,), after=k2(1))
+    with bare.run(tmp_path) as run:
+        registers = run.finish()
+        assert registers["r4"] == 0
+        assert run.u64(RESULTS + 0x200) == H_RESOURCE
+        run.check()

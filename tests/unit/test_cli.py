@@ -1,0 +1,248 @@
+"""The command line: what a user sees when all is well, and one clear line when it is not."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from crashkernel import cli, loader
+from crashkernel.cli import main, rescue
+from crashkernel.errors import CrashkernelError
+from crashkernel.formats.fdt import DeviceTree
+from crashkernel.memory import Range
+from crashkernel.placement.plan import LoadPlan
+from support.machines import MIB, memory_node, tree, vmlinux
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A captured tree, a kernel and an initrd, as arguments for `plan`."""
+    root = tree(memory=[memory_node(0, 256 * MIB)], region=Range(64 * MIB, 192 * MIB))
+    (tmp_path / "host.dtb").write_bytes(DeviceTree(root).to_bytes())
+    (tmp_path / "vmlinux").write_bytes(vmlinux())
+    (tmp_path / "initrd").write_bytes(b"initrd" * 1000)
+    return tmp_path
+
+
+def plan_arguments(files, *more):
+    machine = ["--machine-tree", str(files / "host.dtb")]
+    return ["plan", *machine, "--kernel", str(files / "vmlinux"), "--initrd", str(files / "initrd"), *more]
+
+
+def complaint(capsys):
+    """The one line on standard error."""
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("crashkernel: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize("command", [[], ["plan"], ["load"], ["status"], ["unload"], ["drill"], ["matrix"], ["bench"]])
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "usage: crashkernel" in text
+    if command and command[0] not in ("status", "unload"):
+        assert "example" in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("placement", ["zero", "reserved"])
+def test_plan_draws_maps(files, capsys, placement):
+    assert main(plan_arguments(files, "--placement", placement, "--append", "console=hvc0")) == 0
+    text = capsys.readouterr().out
+    assert f"placement {placement}" in text
+    assert "/---" in text
+    assert "console=hvc0 elfcorehdr=" in text
+
+
+def test_plan_as_json_is_a_plan_that_can_be_drawn_again(files, capsys):
+    out = files / "plan.json"
+    assert main(plan_arguments(files, "--json", "--plan-out", str(out))) == 0
+    printed = capsys.readouterr().out
+    plan = LoadPlan.from_json(printed)
+    assert LoadPlan.from_json(out.read_text()) == plan
+    assert main(["plan", "--from", str(out)]) == 0
+    assert plan.kernel in capsys.readouterr().out
+    assert sorted(path.name for path in files.iterdir()) == ["host.dtb", "initrd", "plan.json", "vmlinux"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], "console=hvc0 maxcpus=1 irqpoll reset_devices"),
+        (["--reuse-cmdline"], "root=/dev/sda1 console=hvc0 quiet maxcpus=1 irqpoll reset_devices"),
+        (["--append", "only this"], "only this"),
+    ],
+)
+def test_k2s_command_line(files, capsys, options, expected):
+    root = tree(
+        memory=[memory_node(0, 256 * MIB)],
+        region=Range(64 * MIB, 192 * MIB),
+        bootargs="BOOT_IMAGE=/vmlinux root=/dev/sda1 console=hvc0 quiet crashkernel=128M elfcorehdr=1K",
+    )
+    (files / "host.dtb").write_bytes(DeviceTree(root).to_bytes())
+    assert main(plan_arguments(files, "--json", *options)) == 0
+    cmdline = json.loads(capsys.readouterr().out)["cmdline"]
+    assert cmdline.partition(" elfcorehdr=")[0] == expected
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("name", "content", "says"),
+        [
+            ("vmlinux", b"", "not an ELF file"),
+            ("vmlinux", b"\x7fELF", "cut off"),
+            ("vmlinux", b"\x1f\x8b" + bytes(100), "compressed"),
+            ("vmlinux", vmlinux()[:-100], "lacks"),
+            ("vmlinux", vmlinux(machine_number=62), "not ppc64"),
+            ("host.dtb", b"", "host.dtb"),
+            ("host.dtb", bytes(100), "host.dtb"),
+            ("host.dtb", DeviceTree(tree(region=None)).to_bytes(), "no memory is reserved"),
+            ("host.dtb", DeviceTree(tree(region=Range(64 * MIB, 65 * MIB))).to_bytes(), "does not fit"),
+        ],
+    )
+    def test_a_bad_file(self, files, capsys, name, content, says):
+        (files / name).write_bytes(content)
+        assert main(plan_arguments(files)) in (2, 3)
+        assert says in complaint(capsys)
+
+    @pytest.mark.parametrize("option", ["--kernel", "--initrd", "--machine-tree", "--from"])
+    def test_a_file_that_is_not_there(self, files, capsys, option):
+        assert main(plan_arguments(files, option, str(files / "nowhere"))) == 2
+        assert f"cannot read {files}/nowhere: No such file or directory" in complaint(capsys)
+
+    def test_a_plan_with_overlapping_segments(self, files, capsys):
+        main(plan_arguments(files, "--json"))
+        raw = json.loads(capsys.readouterr().out)
+        raw["segments"][1]["range"] = raw["segments"][0]["range"]
+        (files / "plan.json").write_text(json.dumps(raw))
+        assert main(["plan", "--from", str(files / "plan.json")]) == 2
+        assert "segments overlap" in complaint(capsys)
+
+    def test_a_plan_that_cannot_be_written(self, files, capsys):
+        assert main(plan_arguments(files, "--plan-out", str(files / "nowhere/plan.json"))) == 2
+        assert "cannot write" in complaint(capsys)
+
+    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(data=st.data())
+    def test_damage_never_shows_a_traceback(self, files, data):
+        for name, good in (("vmlinux", vmlinux()), ("host.dtb", (files / "host.dtb").read_bytes())):
+            content = bytearray(good[: data.draw(st.integers(0, len(good)))])
+            for _ in range(data.draw(st.integers(0, 3))):
+                if content:
+                    content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+            (files / f"bad-{name}").write_bytes(content)
+        status = main(
+            ["plan", "--machine-tree", str(files / "bad-host.dtb"), "--kernel", str(files / "bad-vmlinux"), "--initrd", ""]
+        )
+        assert status in (0, 2, 3)
+
+    def test_contradictory_options(self, files, capsys):
+        with pytest.raises(SystemExit) as stop:
+            main(plan_arguments(files, "--append", "x", "--reuse-cmdline"))
+        assert stop.value.code == 2
+        assert "not allowed with" in capsys.readouterr().err
+
+
+class TestHost:
+    """What the other commands say on a machine that is no POWER host."""
+
+    @pytest.mark.skipif(Path("/proc/device-tree").is_dir(), reason="this machine has a device tree")
+    def test_load_needs_a_power_machine(self, capsys):
+        assert main(["load"]) == 3
+        assert "not a POWER machine" in complaint(capsys)
+
+    @pytest.mark.parametrize(
+        ("now", "code", "says"),
+        [
+            (loader.Status(False, 0, None), 3, "not loaded; nothing is reserved: boot with crashkernel="),
+            (loader.Status(False, 512 * MIB, None), 3, "not loaded; 512 MiB is reserved"),
+            (loader.Status(True, 512 * MIB, None), 0, "loaded by another tool"),
+        ],
+    )
+    def test_status(self, monkeypatch, capsys, now, code, says):
+        monkeypatch.setattr(loader, "status", lambda: now)
+        assert main(["status"]) == code
+        assert says in capsys.readouterr().out
+        assert main(["status", "--json"]) == code
+        assert json.loads(capsys.readouterr().out)["loaded"] == now.loaded
+
+    def test_a_dry_run_loads_nothing(self, files, monkeypatch, capsys):
+        machine = rescue._machine(cli._parser(["plan"]).parse_args(plan_arguments(files)))
+        monkeypatch.setattr(rescue, "read_machine", lambda: replace_head(machine))
+        monkeypatch.setattr(loader, "load", lambda *_: pytest.fail("loaded"))
+        arguments = ["load", "--dry-run", "--kernel", str(files / "vmlinux"), "--plan-out", str(files / "plan.json")]
+        assert main(arguments) == 0
+        assert "would load 6.1.0-49-powerpc64le" in capsys.readouterr().out
+        assert LoadPlan.from_json((files / "plan.json").read_text()).placement == "reserved"
+
+    def test_loading_without_k1s_head_is_refused(self, files, monkeypatch, capsys):
+        machine = rescue._machine(cli._parser(["plan"]).parse_args(plan_arguments(files)))
+        monkeypatch.setattr(rescue, "read_machine", lambda: machine)
+        monkeypatch.setattr(loader, "load", lambda *_: pytest.fail("loaded"))
+        assert main(["load", "--kernel", str(files / "vmlinux")]) != 0
+        assert "/proc/kcore" in complaint(capsys)
+
+
+def replace_head(machine):
+    from dataclasses import replace
+
+    return replace(machine, head=bytes(0x100))
+
+
+class TestDrill:
+    @pytest.mark.parametrize(
+        ("arguments", "says"),
+        [
+            (["--cpu", "POWER8", "--mmu", "radix"], "POWER8 has no radix MMU"),
+            (["--memory", "plenty"], "plenty"),
+            (["--machine", "powernv9", "--cpu", "POWER10"], "powernv9 is a POWER9 machine"),
+            (["--judge", "/nonexistent"], "holds no kept drill"),
+            (["--json", "/nonexistent/results.json"], "cannot write"),
+            (["--smp", "0"], "at least one CPU"),
+        ],
+    )
+    def test_a_request_that_makes_no_sense(self, capsys, arguments, says):
+        assert main(["drill", *arguments]) == 2
+        assert says in complaint(capsys)
+
+    def test_without_qemu_it_says_what_to_install(self, monkeypatch, capsys):
+        monkeypatch.setenv("PATH", "")
+        assert main(["drill"]) == 3
+        assert "apt-get install qemu-system-ppc" in complaint(capsys)
+
+
+def test_a_bug_of_ours_is_named_as_one(monkeypatch, capsys):
+    monkeypatch.setattr(loader, "status", lambda: 1 / 0)
+    assert main(["status"]) == 70
+    assert "a bug of ours: ZeroDivisionError" in complaint(capsys)
+    monkeypatch.setenv("CRASHKERNEL_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        main(["status"])
+
+
+def test_every_error_has_an_exit_status_of_its_kind():
+    codes = {0, 1, 2, 3, 70}
+
+    def walk(kind):
+        assert kind.exit_code in codes
+        for child in kind.__subclasses__():
+            walk(child)
+
+    walk(CrashkernelError)
+
+
+def test_a_reader_that_leaves_early_is_no_error(files):
+    command = [sys.executable, "-m", "crashkernel", *plan_arguments(files)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ)) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=60) == 0
