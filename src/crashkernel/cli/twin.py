@@ -335,7 +335,7 @@ class _Display:
             "panic message": verdict.panic_found,
             "registers": verdict.registers_ok,
         }
-        self.line("  of this crash: " + ", ".join(f"{name} {'found' if ok else 'NOT FOUND'}" for name, ok in marks.items()))
+        self.line("  of this crash: " + ", ".join(f"{name} {'ok' if ok else 'WRONG'}" for name, ok in marks.items()))
         for wrong in verdict.wrong_ranges:
             self.line(
                 f"  wrong: {wrong.range}, {wrong.wrong:,} bytes: {wrong.what}" + (f" ({wrong.note})" if wrong.note else "")
