@@ -14,49 +14,12 @@
 # /bin/sh is busybox; the applets used are links made by the image's builder (guest.py: CAPTURE_APPLETS).
 export PATH=/bin
 
-mount -t proc proc /proc
-mount -t sysfs sysfs /sys
-mount -t devtmpfs dev /dev
-
-say() { echo "$*" >&3; }
-
-finish() {
-    # The port's write is done when the host's QEMU has been told, not when the host has read it.
-    sleep 0.1
-    poweroff -f
-    sleep 60 # poweroff does not return; a script that ends would panic the kernel
-}
-
-fail() {
-    say "failed $*"
-    finish
-}
-
-exec 3>/dev/console # until the port is there; silence is never an answer
-
-read -r uptime rest </proc/uptime
-
+. /etc/crashkernel/common.sh
+up=$(uptime)
 [ -e /proc/vmcore ] || fail "no /proc/vmcore: this kernel was not started by a crash"
+open_port
 
-while read -r module; do
-    insmod "/modules/$module" || fail "insmod $module: exit $?"
-done </etc/crashkernel/modules
-
-# devtmpfs makes /dev/vportNpM; nobody here makes the link by name. The name arrives with a message from the host.
-port=
-tries=0
-while [ -z "$port" ]; do
-    for name in /sys/class/virtio-ports/*/name; do
-        [ -e "$name" ] && read -r text <"$name" && [ "$text" = crashkernel ] && name=${name%/name} &&
-            [ -c "/dev/${name##*/}" ] && port=/dev/${name##*/}
-    done
-    tries=$((tries + 1))
-    [ -n "$port" ] || [ $tries -lt 300 ] || fail "no virtio-serial port named crashkernel"
-    [ -n "$port" ] || sleep 0.05
-done
-exec 3>"$port"
-
-say "k2-up $uptime"
+say "k2-up $up"
 read -r cmdline </proc/cmdline
 case " $cmdline " in
 *" crashkernel.mode=bare "*) finish ;;

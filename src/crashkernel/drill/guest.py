@@ -293,6 +293,7 @@ def _base(userland: Userland, init: str, applets: Sequence[str], modules: Sequen
     root.file("etc/crashkernel/modules", "".join(f"{module.name}.ko\n" for module in modules).encode())
     for module in modules:
         root.file(f"modules/{module.name}.ko", module.data)
+    root.file("etc/crashkernel/common.sh", _script("guest-common.sh"))
     root.file("init", _script(init), 0o755)
     return root
 
