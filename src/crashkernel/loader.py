@@ -5,6 +5,7 @@ The same code runs on a host and in the drill's K1. Standard library only.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import json
@@ -93,8 +94,10 @@ class _KexecSegment(ctypes.Structure):
     )
 
 
-def load(plan: LoadPlan, payloads: tuple[Payload, ...], root: Path = Path("/")) -> None:
+def load(plan: LoadPlan, payloads: tuple[Payload, ...], root: Path = Path("/")) -> bool:
     """Load into the running kernel, replacing what was loaded before, and remember the plan for `status`.
+
+    False when it is loaded but could not be remembered.
 
     :raise LoadRefused: the kernel's refusal, translated.
     """
@@ -108,7 +111,7 @@ def load(plan: LoadPlan, payloads: tuple[Payload, ...], root: Path = Path("/")) 
         slot.mem = payload.segment.range.start
         slot.memsz = payload.segment.range.size
     _kexec_load(plan.segment("purgatory").range.start, segments, plan)
-    _remember(root / STATE, plan.to_json())
+    return _remember(root / STATE, plan.to_json())
 
 
 def unload(root: Path = Path("/")) -> bool:
@@ -118,13 +121,17 @@ def unload(root: Path = Path("/")) -> bool:
     """
     was_loaded = status(root).loaded
     _kexec_load(0, (_KexecSegment * 0)(), None)
-    (root / STATE).unlink(missing_ok=True)
+    _forget(root / STATE)
     return was_loaded
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What the running kernel says of its capture kernel. `plan` is ours, None if another loader was at work."""
+    """What the running kernel says of its capture kernel.
+
+    `plan` is that of our last load, None if there is no record of one. The kernel does not tell what is loaded now: after
+    another tool replaced our load, `plan` is still ours.
+    """
 
     loaded: bool
     reserved_size: int  # bytes
@@ -217,11 +224,23 @@ def _lockdown() -> str:
     return next((mode.strip("[]") for mode in modes if mode.startswith("[")), "")
 
 
-def _remember(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _remember(path: Path, text: str) -> bool:
+    """Whether the record could be kept. One that could not leaves none: an old one would speak of another load."""
     temporary = path.with_suffix(".new")
-    temporary.write_text(text)
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError:
+        _forget(temporary)
+        _forget(path)
+        return False
+    return True
+
+
+def _forget(path: Path) -> None:
+    with contextlib.suppress(OSError):  # what cannot be removed is a stale record at worst, and no fault of the load
+        path.unlink(missing_ok=True)
 
 
 def status_json(now: Status) -> str:

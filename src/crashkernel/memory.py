@@ -181,16 +181,16 @@ class RangeSet:
         candidate = self._at_or_below(wanted.end - 1)
         return candidate is not None and candidate.overlaps(wanted)
 
-    def find(self, size: int, alignment: int, *, top_down: bool = False) -> Range | None:
-        """Return the lowest (or, `top_down`, the highest) `size` bytes of the set that start on `alignment`, or None.
+    def find(self, size: int, alignment: int) -> Range | None:
+        """Return the lowest `size` bytes of the set that start on `alignment`, or None.
 
         :raise ValueError: when `size` or `alignment` is not positive.
         """
         if size <= 0:
             raise ValueError(f"size {size} is not positive")
-        for each in reversed(self.ranges) if top_down else self.ranges:
-            start = align_down(each.end - size, alignment) if top_down else align_up(each.start, alignment)
-            if each.start <= start and start + size <= each.end:
+        for each in self.ranges:
+            start = align_up(each.start, alignment)
+            if start + size <= each.end:
                 return Range.sized(start, size)
         return None
 

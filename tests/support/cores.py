@@ -22,6 +22,7 @@ KERNEL = replace(
     kernel(MIB), layout=tuple(Region(each.name, Range(each.range.start // 2, each.range.end // 2)) for each in LAYOUT)
 )
 """K1 and K2: text, read-only data, freed init and data of 512 KiB each, from 0 up."""
+CPUS = 2
 VPA = 0x30000
 """A page with a VPA of K1's, eye catcher and dispatch count included."""
 
@@ -33,7 +34,7 @@ def tiny_plan(placement: str = "zero", *, opal: bool = False) -> LoadPlan:
         memory=[memory_node(0, 24 * MIB)],
         region=Range(8 * MIB, 22 * MIB),
         platform="powernv" if opal else "pseries",
-        cpus=2,
+        cpus=CPUS,
         **firmware,
     )
     found = machine(root, notes_at=0x100000, release=KERNEL.release)
@@ -52,6 +53,9 @@ def memory_of(plan: LoadPlan) -> bytearray:
     memory[0x320000 : 0x320000 + len(PANIC)] = PANIC.encode()
     memory[VPA : VPA + 4] = b"\xd3\x97\xd7\x81"
     memory[VPA + 0x100 : VPA + 0x104] = (41).to_bytes(4, "big")
+    # each CPU's registers, in its crash_notes buffer (the first note is VMCOREINFO's)
+    for buffer, note in zip(plan.notes[1:], prstatus_notes((PID, 0)), strict=True):
+        memory[buffer.start : buffer.start + len(note)] = note
     return memory
 
 
@@ -86,12 +90,15 @@ class Core:
 def notes(
     *, pids: tuple[int, ...] = (PID, 0), release: str = RELEASE, nip: int = KERNEL_BASE + 0x1234, byteorder: str = "little"
 ) -> bytes:
-    out = b""
-    for pid in pids:
-        registers = [0] * 48
-        registers[32] = nip
-        out += write_note(byteorder, "CORE", 1, write_prstatus(byteorder, pid, registers))
+    out = b"".join(prstatus_notes(pids, nip=nip, byteorder=byteorder))
     return out + write_note(byteorder, "VMCOREINFO", 0, f"OSRELEASE={release}\nPAGESIZE=65536\n".encode())
+
+
+def prstatus_notes(pids: tuple[int, ...], *, nip: int = KERNEL_BASE + 0x1234, byteorder: str = "little") -> list[bytes]:
+    """An NT_PRSTATUS note for each CPU's task."""
+    registers = [0] * 48
+    registers[32] = nip
+    return [write_note(byteorder, "CORE", 1, write_prstatus(byteorder, pid, registers)) for pid in pids]
 
 
 def core_of(plan: LoadPlan, memory: bytes, **changes) -> Core:
@@ -117,7 +124,8 @@ def truth_of(plan: LoadPlan, memory: bytes, directory: Path, **changes) -> Truth
         "nonce": NONCE,
         "panic": PANIC,
         "release": RELEASE,
-        "bare_metal": not plan.partition,
+        "cpus": CPUS,
+        "firmware": () if plan.partition else plan.firmware,
         "crashed_pid": PID,
     }
     return Truth(**(settings | changes))

@@ -81,11 +81,19 @@ def drmem_node(lmb_size: int, blocks: list[Block], version: int) -> Node:
     return Node("ibm,dynamic-reconfiguration-memory", properties)
 
 
+def rtas_node(where: Range | None = None, *, hypervisor: bool = True) -> Node:
+    """RTAS, instantiated at `where`; with a hypervisor's calls it makes the machine a PAPR partition."""
+    properties = {"ibm,hypertas-functions": b"hcall-pft\0hcall-term\0"} if hypervisor else {}
+    if where is not None:
+        properties |= {"linux,rtas-base": u32(where.start), "rtas-size": u32(where.size)}
+    return Node("rtas", properties)
+
+
 def tree(
     *,
     memory: list[Node] | None = None,
     region: Range | None = None,
-    platform: str = "pseries",
+    platform: str = "pseries",  # or "powernv", or another word for neither
     radix: bool = True,
     cpus: int = 2,
     rtas: Range | None = None,
@@ -106,8 +114,8 @@ def tree(
         Node("chosen", chosen),
         *(extra or []),
     ]
-    if rtas is not None:
-        children.append(Node("rtas", {"linux,rtas-base": u32(rtas.start), "rtas-size": u32(rtas.size)}))
+    if platform == "pseries" or rtas is not None:
+        children.append(rtas_node(rtas, hypervisor=platform == "pseries"))
     if platform == "powernv":
         opal_properties = {"compatible": b"ibm,opal-v3\0"}
         if opal is not None:

@@ -12,7 +12,6 @@ from crashkernel.errors import FormatError, UsageError
 from crashkernel.formats.elf import (
     EM_PPC64,
     ET_CORE,
-    ET_EXEC,
     NT_PRSTATUS,
     PN_XNUM,
     PPC64_REGISTERS,
@@ -213,7 +212,7 @@ class TestCoreHeader:
 
     def test_a_kernel_is_no_core_header(self):
         with pytest.raises(FormatError, match="not a core header"):
-            CoreHeader.from_bytes(write_elf("little", [Part(data=b"1234")], kind=ET_EXEC))
+            CoreHeader.from_bytes(write_elf("little", [Part(data=b"1234")], kind=2))
 
 
 def read_all(data: bytes) -> None:

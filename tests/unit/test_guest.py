@@ -277,7 +277,23 @@ def test_bytecode_is_what_the_source_says():
 
 # Commands that busybox's sh does not have built in and a script might be tempted to use.
 EXTERNAL = (
-    *("awk", "cat", "cp", "cut", "dd", "grep", "head", "insmod", "ln", "ls", "mkdir", "modprobe", "mount", "poweroff"),
+    *(
+        "awk",
+        "cat",
+        "cp",
+        "cut",
+        "dd",
+        "grep",
+        "head",
+        "hexdump",
+        "insmod",
+        "ln",
+        "ls",
+        "mkdir",
+        "modprobe",
+        "mount",
+        "poweroff",
+    ),
     *("sed", "sleep", "stat", "sync", "tail", "tr", "umount", "wc"),
 )
 

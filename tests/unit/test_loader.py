@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import json
+import os
 import platform
 import re
 from dataclasses import replace
@@ -45,6 +46,15 @@ class TestAssemble:
     def test_the_kernel_is_told_where_it_runs(self, placement, in_place):
         _, payloads = assembled(placement)
         assert payloads["kernel"].data == kernel().bytes_to_load(in_place=in_place)
+
+    def test_a_command_line_that_is_no_text_reaches_k2_byte_for_byte(self):
+        found = small_machine()
+        plan = plan_load(found, kernel(), 0, os.fsdecode(b"name=caf\xe9"), "zero")
+        assert LoadPlan.from_json(plan.to_json()) == plan
+        payloads = {payload.segment.content: payload.data for payload in assemble(plan, found, kernel(), b"")}
+        bootargs = DeviceTree.from_bytes(payloads["fdt"]).root.child("chosen").properties["bootargs"]
+        assert bootargs.startswith(b"name=caf\xe9 elfcorehdr=")
+        assert bootargs.endswith(b"K\0")
 
     @every_placement
     def test_initrd_tree_and_purgatory(self, placement):
@@ -201,7 +211,7 @@ class TestLoad:
 
     def test_the_plan_is_remembered(self, running):
         plan, payloads = assembled("zero")
-        load(plan, tuple(payloads.values()), running.root)
+        assert load(plan, tuple(payloads.values()), running.root) is True
         now = status(running.root)
         assert (now.loaded, now.reserved_size, now.plan) == (True, 128 * MIB, plan)
         assert list((running.root / STATE).parent.iterdir()) == [running.root / STATE]
@@ -218,9 +228,19 @@ class TestLoad:
             raise OSError(errno.EIO, "power is gone")
 
         monkeypatch.setattr(Path, "replace", fail)
-        with pytest.raises(OSError, match="power is gone"):
-            loader._remember(running.root / STATE, "half a pl")
-        assert status(running.root).plan == plan, "the old record is whole"
+        assert loader._remember(running.root / STATE, "half a pl") is False
+        monkeypatch.undo()
+        assert status(running.root).plan is None, "the old record would speak of another load"
+        assert list((running.root / STATE).parent.iterdir()) == []
+
+    def test_a_load_that_cannot_be_remembered_is_a_load_all_the_same(self, running):
+        (running.root / "run").write_text("not a directory")
+        plan, payloads = assembled("zero")
+        assert load(plan, tuple(payloads.values()), running.root) is False
+        now = status(running.root)
+        assert now.loaded
+        assert now.plan is None
+        assert unload(running.root) is True
 
     def test_a_refused_load_leaves_the_record_alone(self, running):
         plan, payloads = assembled("zero")

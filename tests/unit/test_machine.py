@@ -13,13 +13,18 @@ from hypothesis import strategies as st
 from crashkernel.errors import CrashkernelError, EnvironmentFault, FormatError
 from crashkernel.formats.fdt import DeviceTree, Node
 from crashkernel.machine import Cpu, Lmb, Region
-from crashkernel.machine.devicetree import dynamic_memory, machine_from_tree, memory_nodes
+from crashkernel.machine.devicetree import dynamic_memory, machine_from_tree, memory_nodes, memory_ranges
 from crashkernel.machine.live import read_machine, read_tree
 from crashkernel.memory import Range, RangeSet
 from support.elfwriter import Part, write_elf
-from support.machines import GIB, HEAD, KERNEL_BASE, MIB, Block, cpu_node, drmem_node, memory_node, tree, u32, u64
+from support.machines import GIB, HEAD, KERNEL_BASE, MIB, Block, cpu_node, drmem_node, memory_node, rtas_node, tree, u32, u64
 
 QEMU = "qemu-system-ppc64"
+
+
+def bare(*children: Node) -> Node:
+    """A partition's tree of these nodes and no others."""
+    return Node("", {"#address-cells": u32(2), "#size-cells": u32(2)}, (*children, rtas_node()))
 
 
 class TestMemory:
@@ -52,9 +57,50 @@ class TestMemory:
         assert caught.value.source == "x.dtb"
         assert caught.value.hint
 
-    def test_impossible_cells_are_refused(self):
-        with pytest.raises(FormatError, match="#size-cells 3"):
-            machine_from_tree(tree(properties={"#size-cells": u32(3)}))
+    @pytest.mark.parametrize(("name", "value"), [("#size-cells", 3), ("#size-cells", 0), ("#address-cells", 0)])
+    def test_impossible_cells_are_refused(self, name, value):
+        with pytest.raises(FormatError, match=f"{name} {value}"):
+            machine_from_tree(tree(properties={name: u32(value)}))
+
+    def test_without_cells_addresses_have_two_and_sizes_one(self):
+        """Devicetree specification 2.3.5."""
+        node = Node("memory@0", {"device_type": b"memory\0", "reg": u64(4 * GIB) + u32(GIB)})
+        assert memory_ranges(node, Node("")) == (Range.sized(4 * GIB, GIB),)
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"memory": [memory_node((1 << 64) - GIB, GIB)]},
+            {"memory": [memory_node((1 << 64) - GIB, 2 * GIB)]},
+            {"extra": [drmem_node(GIB, [Block((1 << 64) - GIB)], 1)]},
+            {"extra": [drmem_node(GIB, [Block((1 << 64) - 3 * GIB, 3)], 2)]},
+            {"extra": [drmem_node(GIB, [Block(GIB)], 1).with_property("ibm,lmb-size", u64(1, 0))]},
+            {"properties": {"reserved-ranges": u64((1 << 64) - 1, 0x1000)}},
+        ],
+    )
+    def test_addresses_beyond_64_bits_are_refused(self, settings):
+        with pytest.raises(FormatError, match="beyond 64 bits"):
+            machine_from_tree(tree(**settings))
+
+    @pytest.mark.parametrize(
+        "names", [("linux,crashkernel-base", "linux,crashkernel-size"), ("linux,initrd-start", "linux,initrd-end")]
+    )
+    def test_a_stretch_in_chosen_beyond_64_bits_is_refused(self, names):
+        chosen = Node("chosen", {names[0]: u64(0x10000), names[1]: u64(1, 0)})
+        with pytest.raises(FormatError, match="beyond 64 bits"):
+            machine_from_tree(bare(memory_node(0, GIB), chosen))
+
+
+class TestPlatform:
+    def test_neither_opal_nor_a_hypervisor(self):
+        rtas = Range.sized(0x2FFF0000, 0x10000)
+        for root in (tree(platform="chrp"), tree(platform="chrp", rtas=rtas), Node("", {}, (memory_node(0, GIB),))):
+            with pytest.raises(FormatError, match="not a PowerNV or PAPR machine") as caught:
+                machine_from_tree(root, source="x.dtb")
+            assert caught.value.source == "x.dtb"
+
+    def test_opal_makes_bare_metal_whatever_else_is_there(self):
+        assert machine_from_tree(tree(platform="powernv", extra=[rtas_node()])).platform == "powernv"
 
 
 class TestDynamicMemory:
@@ -120,9 +166,11 @@ class TestFirmware:
         )
 
     def test_rtas_that_was_not_instantiated_is_nowhere(self):
-        root = tree(extra=[Node("rtas", {"rtas-size": u32(0x10000)})])
-        assert machine_from_tree(root).firmware == ()
-        assert machine_from_tree(tree(extra=[Node("rtas", {"linux,rtas-base": u32(0x1000)})])).firmware == ()
+        rtas = rtas_node()
+        for name in ("rtas-size", "linux,rtas-base"):
+            root = tree(extra=[rtas.with_property(name, u32(0x10000))])
+            assert root.child("rtas").properties[name]
+            assert machine_from_tree(root).firmware == ()
 
     def test_opal_and_the_platform(self):
         root = tree(platform="powernv", opal=Range.sized(0x30000000, 0x2200000))
@@ -167,7 +215,6 @@ class TestFirmware:
             Region("reserved", Range.sized(0x30000000, 0x10000)),
             Region("reserved", Range.sized(0x31000000, 0x20000)),
         )
-        assert found.firmware_ranges.total == 0x30000
 
 
 class TestChosen:
@@ -181,7 +228,7 @@ class TestChosen:
 
     def test_numbers_of_one_or_two_cells(self):
         chosen = {"linux,initrd-start": u32(0x3000000), "linux,initrd-end": u64(0x3100000)}
-        root = tree().with_children([memory_node(0, GIB), Node("chosen", chosen)])
+        root = bare(memory_node(0, GIB), Node("chosen", chosen))
         assert machine_from_tree(root).initrd == Range(0x3000000, 0x3100000)
 
     @pytest.mark.parametrize("size", [None, 0])
@@ -189,14 +236,14 @@ class TestChosen:
         chosen = {"linux,crashkernel-base": u64(0x20000000)}
         if size is not None:
             chosen["linux,crashkernel-size"] = u64(size)
-        assert machine_from_tree(tree().with_children([memory_node(0, GIB), Node("chosen", chosen)])).reserved is None
+        assert machine_from_tree(bare(memory_node(0, GIB), Node("chosen", chosen))).reserved is None
 
     def test_an_initrd_that_ends_before_it_starts_is_none(self):
         chosen = {"linux,initrd-start": u64(5), "linux,initrd-end": u64(5)}
-        assert machine_from_tree(tree().with_children([memory_node(0, GIB), Node("chosen", chosen)])).initrd is None
+        assert machine_from_tree(bare(memory_node(0, GIB), Node("chosen", chosen))).initrd is None
 
     def test_a_tree_with_nothing_but_memory(self):
-        found = machine_from_tree(Node("", {}, (memory_node(0, GIB),)))
+        found = machine_from_tree(bare(memory_node(0, GIB)))
         assert (found.reserved, found.initrd, found.cmdline, found.cpus, found.model) == (None, None, "", (), "")
         assert found.mmu == "hash"
         assert found.timebase_hz == 512_000_000
@@ -213,12 +260,11 @@ class TestProcessors:
 
     def test_threads_count_as_cpus(self):
         cpus = Node("cpus", {}, (cpu_node(0, threads=4), cpu_node(8, threads=4), Node("l2-cache@2000", {})))
-        root = tree(cpus=0).with_children([memory_node(0, GIB), cpus])
-        assert machine_from_tree(root).cpus == tuple(Cpu(number) for number in range(8))
+        assert machine_from_tree(bare(memory_node(0, GIB), cpus)).cpus == tuple(Cpu(number) for number in range(8))
 
     def test_a_cpu_without_server_numbers_is_one_thread(self):
         cpus = Node("cpus", {}, (cpu_node(0, servers=False), cpu_node(8, servers=False)))
-        assert len(machine_from_tree(Node("", {}, (memory_node(0, GIB), cpus))).cpus) == 2
+        assert len(machine_from_tree(bare(memory_node(0, GIB), cpus)).cpus) == 2
 
     @pytest.mark.parametrize(("radix", "mmu"), [(True, "radix"), (False, "hash")])
     def test_what_the_cpu_can_do(self, radix, mmu):
@@ -226,7 +272,11 @@ class TestProcessors:
 
     def test_the_timebase(self):
         cpus = Node("cpus", {}, (cpu_node(0, timebase=None), cpu_node(1, timebase=14_318_000)))
-        assert machine_from_tree(Node("", {}, (memory_node(0, GIB), cpus))).timebase_hz == 14_318_000
+        assert machine_from_tree(bare(memory_node(0, GIB), cpus)).timebase_hz == 14_318_000
+
+    def test_a_timebase_that_no_clock_has_is_not_believed(self):
+        cpus = Node("cpus", {}, (cpu_node(0).with_property("timebase-frequency", b"\xff" * 8),))
+        assert machine_from_tree(bare(memory_node(0, GIB), cpus)).timebase_hz == 512_000_000
 
 
 class TestHostile:
@@ -234,7 +284,14 @@ class TestHostile:
     def test_a_tree_of_noise_is_read_or_refused(self, data):
         names = ["reg", "device_type", "#address-cells", "#size-cells", "linux,crashkernel-base", "linux,crashkernel-size"]
         names += ["linux,rtas-base", "rtas-size", "opal-base-address", "opal-runtime-size", "reserved-ranges", "bootargs"]
-        names += ["ibm,lmb-size", "ibm,dynamic-memory-v2", "linux,tce-base", "linux,tce-size", "linux,initrd-start"]
+        names += [
+            "ibm,hypertas-functions",
+            "ibm,lmb-size",
+            "ibm,dynamic-memory-v2",
+            "linux,tce-base",
+            "linux,tce-size",
+            "linux,initrd-start",
+        ]
         values = st.binary(max_size=20) | st.sampled_from((b"memory\0", b"cpu\0", u32(2), u32(0xFFFFFFFF), u64(0, GIB)))
         properties = st.dictionaries(st.sampled_from(names), values, max_size=6)
         kinds = ["memory@0", "cpus", "chosen", "rtas", "ibm,opal", "reserved-memory", "ibm,dynamic-reconfiguration-memory"]
@@ -266,6 +323,7 @@ class TestCaptured:
     def test_pseries(self, tmp_path, cpu, mmu, platform_memory):
         found = machine_from_tree(dump_tree(tmp_path, "pseries", "-cpu", cpu, "-smp", "2", "-m", str(platform_memory >> 20)))
         assert (found.platform, found.mmu, len(found.cpus)) == ("pseries", mmu, 2)
+        assert found.device_tree.child("rtas").properties["ibm,hypertas-functions"]
         assert found.memory == RangeSet([Range(0, platform_memory)])
         assert found.real_mode.start == 0
         assert found.real_mode.size <= platform_memory
@@ -394,8 +452,12 @@ class TestLive:
             (host.root / f"sys/devices/system/cpu/cpu{number}/crash_notes").unlink()
         (host.root / "sys/kernel/vmcoreinfo").unlink()
         found = read_machine(host.root)
-        assert found.cpus == ()
+        assert found.cpus == (Cpu(0), Cpu(1)), "they come to the purgatory all the same"
         assert found.vmcoreinfo is None
+
+    def test_a_command_line_that_is_no_text(self, host):
+        host.write("proc/cmdline", b"console=hvc0 name=caf\xe9\n")
+        assert os.fsencode(read_machine(host.root).cmdline) == b"console=hvc0 name=caf\xe9"
 
     def test_garbage_in_vmcoreinfo(self, host):
         host.write("sys/kernel/vmcoreinfo", "what\n")

@@ -11,16 +11,16 @@ from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 
 from crashkernel.errors import CrashkernelError, FormatError, PlanError
-from crashkernel.formats.fdt import BOOT_CPUID_OFFSET, DeviceTree, Node
+from crashkernel.formats.fdt import DeviceTree, Node
 from crashkernel.machine import HEAD_SIZE, Machine, Region
 from crashkernel.machine.devicetree import DYNAMIC_MEMORY_NODE, dynamic_memory, memory_ranges
 from crashkernel.memory import Range, RangeSet, align_up
 from crashkernel.placement import EARLY_ALLOCATIONS, LINEAR_MAP_BLOCK, PAGE, plan_load
 from crashkernel.placement.image import KernelImage
-from crashkernel.placement.moves import K1, LINE, Copy, Exchange, Put
+from crashkernel.placement.moves import K1, LINE, MAX_MOVES, Copy, Exchange, Put
 from crashkernel.placement.plan import PLACEMENTS, LoadPlan, describe_move
 from crashkernel.placement.tree import capture_tree
-from crashkernel.purgatory import MAX_MOVES, pack
+from crashkernel.purgatory import pack
 from support.machines import (
     GIB,
     HEAD,
@@ -57,7 +57,7 @@ def machines(draw: st.DrawFn) -> Machine:
     if draw(st.booleans()):
         blocks = [Block(16 * GIB, draw(st.integers(1, 3))), Block(17 * GIB, 1, draw(st.sampled_from((8, 0x88, 0))))]
         extra.append(drmem_node(256 * MIB, blocks, draw(st.sampled_from((1, 2)))))
-    start = draw(pages(16 * MIB, 400 * MIB))
+    start = draw(pages(16 * MIB, 400 * MIB) | st.sampled_from((41 * MIB, 0x2FE0000, 0x81E0000)))
     region = Range(start, min(low_size, start + draw(pages(32 * MIB, 512 * MIB))))
     at = draw(pages(0, low_size - MIB)) + draw(st.sampled_from((0, 0x800)))  # firmware need not keep to pages
     where = Range.sized(at, 0x30000)
@@ -83,7 +83,9 @@ def check_invariants(plan: LoadPlan, found: Machine, image: KernelImage) -> None
     placed = RangeSet(segment.range for segment in plan.segments)
     assert placed.total == sum(segment.range.size for segment in plan.segments), "segments overlap"
     assert all(found.reserved.contains(r) for r in placed)
-    assert all(found.real_mode.contains(r) for r in placed), "the purgatory and K2's head run with translation off"
+    for segment in plan.segments:
+        if segment.content != "initrd":
+            assert found.real_mode.contains(segment.range), f"{segment.content}: used with translation off"
     assert not placed & firmware
     assert all(value % PAGE == 0 for segment in plan.segments for value in (segment.range.start, segment.range.end))
 
@@ -105,6 +107,15 @@ def check_invariants(plan: LoadPlan, found: Machine, image: KernelImage) -> None
     for segment in plan.segments:
         if segment.content != "kernel":
             assert plan.k2_memory.covers(segment.range), "K2 cannot reach what it is handed"
+
+    free = plan.k2_memory - placed
+    for mapped in plan.k2_mapped:
+        if plan.k2_memory.overlaps(mapped):
+            assert (free & RangeSet([mapped])).find(PAGE, PAGE), f"no page left for the page tables of {mapped}"
+    block = LINEAR_MAP_BLOCK["hash" if found.mmu == "hash" or "disable_radix" in plan.cmdline else "radix"]
+    for mapped in plan.k2_mapped:
+        for value in (mapped.start, mapped.end):
+            assert value % block == 0 or value == max(r.end for r in found.memory), f"a ragged end at {value:#x}"
 
     needed = Range(0, image.span + EARLY_ALLOCATIONS if plan.placement == "zero" else PAGE)
     assert plan.k2_memory.covers(needed)
@@ -242,6 +253,68 @@ class TestPlacements:
     def test_a_plan_without_initrd_has_no_segment_for_it(self):
         assert [s.content for s in small_plan(initrd_size=0).segments] == ["kernel", "purgatory", "elfcorehdr", "fdt"]
 
+    def test_a_machine_whose_cpus_nobody_counted(self):
+        assert make_plan(replace(small_machine(), cpus=()), kernel(), "zero").slaves == 0
+
+    def test_the_longest_command_line(self):
+        """COMMAND_LINE_SIZE, arch/powerpc/include/uapi/asm/setup.h: 2047 bytes and a NUL."""
+        found = small_machine()
+        added = len(plan_load(found, kernel(), 0, "", "zero").cmdline) + 1
+        longest = "x" * (2047 - added)
+        assert len(plan_load(found, kernel(), 0, longest, "zero").cmdline) == 2047
+        for line in (longest + "x", "\u00e9" * (len(longest) // 2 + 1)):
+            with pytest.raises(PlanError, match=r"2\d{3} bytes, K2 reads 2048.*--append.*--reuse-cmdline"):
+                plan_load(found, kernel(), 0, line, "zero")
+
+    @every_placement
+    @pytest.mark.parametrize("word", ["disable_radix", "disable_radix=1"])
+    def test_a_k2_that_is_told_to_use_hash(self, placement, word):
+        found = small_machine(region=Range(65 * MIB, 192 * MIB))
+        plan = plan_load(found, kernel(), 70_000, f"console=hvc0 {word}", placement)
+        check_invariants(plan, found, kernel())
+        assert all(value % (16 * MIB) == 0 for r in plan.k2_mapped for value in (r.start, r.end))
+        other = plan_load(found, kernel(), 70_000, "root=/dev/disable_radix", placement)
+        assert any(r.start % (16 * MIB) or r.end % (16 * MIB) for r in other.k2_mapped)
+
+    @every_placement
+    @pytest.mark.parametrize("radix", [True, False])
+    @pytest.mark.parametrize("start", [41 * MIB, 0x2FE0000, 0x81E0000])
+    @pytest.mark.parametrize("span", [3 * MIB, 38 * MIB, 40 * MIB, 45 * MIB])
+    def test_a_region_at_an_odd_address(self, placement, radix, start, span):
+        """What K2 is given has no ragged end, and a free page in each range."""
+        found = small_machine(memory=[memory_node(0, 512 * MIB)], radix=radix, region=Range(start, 384 * MIB + 3 * PAGE))
+        plan = make_plan(found, kernel(span, MIB), placement)
+        check_invariants(plan, found, kernel(span, MIB))
+
+    @every_placement
+    def test_what_is_loaded_never_fills_a_range(self, placement):
+        """Firmware pushes the big pieces up and leaves a range of 2 MiB, which this initrd would fill to its last page."""
+        rtas = Range.sized(65 * MIB, MIB)
+        for size in range(0, MIB + 1, PAGE):
+            found = small_machine(region=Range(64 * MIB, 192 * MIB), rtas=rtas)
+            check_invariants(make_plan(found, kernel(), placement, size), found, kernel())
+
+    def test_an_image_that_would_fill_its_range(self):
+        """Hash: the backup takes [64, 80) MiB, so that the image would have [80, 112) MiB to itself, to the last byte."""
+        settings = {"memory": [memory_node(0, 256 * MIB)], "radix": False, "rtas": Range.sized(50 * MIB, PAGE)}
+        image = kernel(32 * MIB, MIB)
+        with pytest.raises(PlanError, match="the image of the capture kernel needs"):
+            make_plan(small_machine(**settings, region=Range(48 * MIB, 112 * MIB)), image, "reserved", 0)
+        found = small_machine(**settings, region=Range(48 * MIB, 128 * MIB))
+        check_invariants(make_plan(found, image, "reserved", 0), found, image)
+
+    @every_placement
+    def test_only_the_initrd_goes_beyond_the_rma(self, placement):
+        found = small_machine(memory=[memory_node(0, 96 * MIB, 160 * MIB)], region=Range(64 * MIB, 192 * MIB))
+        assert found.real_mode == Range(0, 96 * MIB)
+        plan = make_plan(found, kernel(), placement, 60 * MIB)
+        check_invariants(plan, found, kernel())
+        assert plan.segment("initrd").range.end > 96 * MIB
+        small = make_plan(found, kernel(), placement, MIB)
+        starts = [small.segment(content).range.start for content in ("purgatory", "elfcorehdr", "fdt", "initrd")]
+        assert starts == sorted(starts), "lowest first, as on a machine that has no limit"
+        assert small.segment("initrd").range.end < 96 * MIB
+
     def test_the_command_line_may_be_empty(self):
         plan = plan_load(small_machine(), kernel(), 0, "", "zero")
         assert plan.cmdline.startswith("elfcorehdr=")
@@ -343,8 +416,11 @@ class TestRefused:
 
     def test_a_region_out_of_real_mode_s_reach(self):
         nodes = [memory_node(0, 64 * MIB, 192 * MIB)]
-        with pytest.raises(PlanError, match=r"does not fit"):
-            small_plan("reserved", memory=nodes, region=Range(64 * MIB, 192 * MIB))
+        for placement in PLACEMENTS:
+            with pytest.raises(PlanError, match=r"does not fit: .* within the RMA.* left below 0x4000000") as caught:
+                small_plan(placement, memory=nodes, region=Range(64 * MIB, 192 * MIB))
+            assert "raise crashkernel=" not in caught.value.hint, "more memory of that kind would not help"
+            assert "crashkernel=SIZE@OFFSET, with more of it below 64 MiB" in caught.value.hint
 
 
 class TestTree:
@@ -411,7 +487,7 @@ class TestTree:
         assert not (plan.k2_mapped - plan.k2_memory) - reserved
         free = self.usable(made.root) - reserved
         assert not free & RangeSet(Range.sized(kept.location, kept.range.size) for kept in plan.kept)
-        assert not free & found.firmware_ranges
+        assert not free & RangeSet(region.range for region in found.firmware)
         assert len(made.to_bytes()) <= plan.segment("fdt").range.size
 
     def test_usable_memory_of_each_node(self):
@@ -474,7 +550,6 @@ class TestTree:
             if before.name not in ("chosen", "memory@0"):
                 assert after == before
         assert made.boot_cpuid == 0
-        assert BOOT_CPUID_OFFSET == 28
 
     def test_a_partition_of_many_terabytes(self):
         """16 TiB in blocks of 256 MiB: `linux,drconf-usable-memory` alone is half a MiB."""
@@ -506,6 +581,17 @@ def refuse(text: str) -> str:
 
 def segment(raw: dict, content: str) -> dict:
     return next(each for each in raw["segments"] if each["content"] == content)
+
+
+def over(raw: dict, kind: str, content: str) -> dict[str, str]:
+    """A move of a line of K1's over what was loaded."""
+    return {"move": kind, "dst": segment(raw, content)["range"].split("-")[0], "src": "0x1000000", "size": "0x80"}
+
+
+def exchange_with(raw: dict, content: str) -> None:
+    """The plan's exchange, of `content` and not of the kernel; its table is otherwise a good one."""
+    move = over(raw, "exchange", content)
+    raw["moves"].append(move | {"dst": move["src"], "src": move["dst"]})
 
 
 class TestJson:
@@ -552,6 +638,17 @@ class TestJson:
             (lambda raw: raw["moves"][1].update(src="0xa000000", size="0x10000"), "touches 'RTAS'"),
             (lambda raw: raw["moves"][1].update(src="0x100000000", size="0x10000"), "which is no memory"),
             (lambda raw: raw["moves"][1].update(src=segment(raw, "purgatory")["range"].split("-")[0]), "touches the purgatory"),
+            (lambda raw: exchange_with(raw, "elfcorehdr"), "a move writes over the elfcorehdr"),
+            (lambda raw: exchange_with(raw, "fdt"), "a move writes over the fdt"),
+            (lambda raw: exchange_with(raw, "initrd"), "a move writes over the initrd"),
+            (lambda raw: raw["moves"].append(over(raw, "copy", "initrd")), "a move writes over the initrd"),
+            (lambda raw: raw["moves"].extend([raw["moves"][0]] * 31), "33 moves, the purgatory's table holds 32"),
+            (lambda raw: raw.update(entry="0x80"), "does not lie whole at its entry 0x80"),
+            (lambda raw: raw.update(entry="0x1000000"), "does not lie whole at its entry"),
+            (lambda raw: raw.update(kernel_span="0x4000000"), "does not lie whole at its entry"),
+            (lambda raw: segment(raw, "kernel").update(origin="0x80"), "does not lie whole at its entry"),
+            (lambda raw: raw["notes"].append("0x5000000-0x5000400"), "K1's bytes at 0x5000000-0x5000400"),
+            (lambda raw: raw["notes"].append("0x5fff00-0x600100"), "do not stay in one piece"),
             (lambda raw: raw["moves"][1].update(src="0x80"), "onto itself"),
             (lambda raw: raw["moves"][1].update(src="0x4000040"), "whole 128-byte lines"),
             (lambda raw: raw["moves"][1].update(size="0x0"), "a move of nothing"),

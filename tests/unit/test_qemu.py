@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from crashkernel.drill.guest import PORT_NAME
-from crashkernel.drill.qemu import MACHINES, Twin, Wiring, qemu_command
+from crashkernel.drill.qemu import Wiring, qemu_command
+from crashkernel.drill.twin import MACHINES, Twin
 from crashkernel.errors import UsageError
 
 WIRING = Wiring(Path("/run/twin"))

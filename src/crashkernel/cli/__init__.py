@@ -38,6 +38,7 @@ environment:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; its exit status."""
+    status = None
     try:
         arguments = _parser(sys.argv[1:] if argv is None else argv).parse_args(argv)
         status = int(arguments.run(arguments))
@@ -49,9 +50,9 @@ def main(argv: list[str] | None = None) -> int:
         print("crashkernel: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # the reader has gone, as `head` does; what it wanted it has
+        # the reader has gone, as `head` does; a verdict that was not reached is no good one
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 141 if status is None else status
     except Exception as error:
         if os.environ.get("CRASHKERNEL_DEBUG"):
             raise

@@ -96,7 +96,10 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--kernel", type=Path, metavar="FILE", help="K2, an ELF vmlinux (default: that of the running kernel)")
     parser.add_argument(
-        "--initrd", type=Path, metavar="FILE", help="K2's initramfs (default: kdump's, else the running kernel's); '' for none"
+        "--initrd",
+        type=Path,
+        metavar="FILE",
+        help="K2's initramfs; '' for none (default: kdump's, else the running kernel's; with --kernel: none)",
     )
     cmdline = parser.add_mutually_exclusive_group()
     cmdline.add_argument(
@@ -104,7 +107,11 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
         metavar="OPTIONS",
         help=f"K2's command line (default: this kernel's console= options and '{DEFAULT_OPTIONS}')",
     )
-    cmdline.add_argument("--reuse-cmdline", action="store_true", help="use the running kernel's whole command line instead")
+    cmdline.add_argument(
+        "--reuse-cmdline",
+        action="store_true",
+        help=f"use the running kernel's command line, without {', '.join(_NOT_FOR_K2)}, and '{DEFAULT_OPTIONS}' added",
+    )
     parser.add_argument("--plan-out", type=Path, metavar="FILE", help="write the plan as JSON")
 
 
@@ -115,7 +122,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         machine = _machine(arguments)
         plan, _, _ = _make_plan(arguments, machine)
     _write_plan(arguments, plan)
-    print(plan.to_json() if arguments.json else draw_stages(plan))
+    print(plan.to_json() if arguments.json else _printable(draw_stages(plan)))
     return 0
 
 
@@ -127,9 +134,11 @@ def _load(arguments: argparse.Namespace) -> int:
             "cannot read this kernel's first bytes from /proc/kcore", hint="run as root; lockdown forbids it too"
         )
     payloads = loader.assemble(plan, machine, image, initrd)
-    if not arguments.dry_run:
-        loader.load(plan, payloads)
-    _write_plan(arguments, plan)
+    _write_plan(arguments, plan)  # before the load: a path that cannot be written is to change nothing
+    if not arguments.dry_run and not loader.load(plan, payloads):
+        print(
+            f"crashkernel: warning: cannot write /{loader.STATE}: `crashkernel status` will not know this load", file=sys.stderr
+        )
     did = "would load" if arguments.dry_run else "loaded"
     print(f"{did} {plan.kernel}, placement {plan.placement}, into {plan.reserved} ({format_size(plan.reserved.size)})")
     return 0
@@ -143,12 +152,13 @@ def _status(arguments: argparse.Namespace) -> int:
         room = format_size(now.reserved_size) if now.reserved_size else "nothing"
         print(f"not loaded; {room} is reserved" + ("" if now.reserved_size else ": boot with crashkernel=512M"))
     elif now.plan is None:
-        print(f"loaded by another tool; {format_size(now.reserved_size)} are reserved")
+        print(f"loaded, perhaps by another tool: crashkernel has no record of it; {format_size(now.reserved_size)} is reserved")
     else:
         plan = now.plan
-        print(f"loaded: {plan.kernel}, placement {plan.placement}, in {plan.reserved} ({format_size(plan.reserved.size)})")
-        print(f"K2's command line: {plan.cmdline}")
-        print(f"the dump will hold {format_size(plan.k1_memory.total)} of memory")
+        where = f"in {plan.reserved} ({format_size(plan.reserved.size)})"
+        print(f"loaded; the last load by crashkernel was {plan.kernel}, placement {plan.placement}, {where}")
+        print(f"K2's command line: {_printable(plan.cmdline)}")
+        print(f"its dump will hold {format_size(plan.k1_memory.total)} of memory")
     return 0 if now.loaded else 3
 
 
@@ -208,6 +218,11 @@ def _first(what: str, places: list[Path], option: str) -> Path:
     raise UsageError(
         f"found {what} of the running kernel nowhere: {', '.join(map(str, places))}", hint=f"name it with {option}"
     )
+
+
+def _printable(text: str) -> str:
+    """Bytes of a command line that are no text (os.fsdecode) as escapes: print() refuses them."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _read(path: Path) -> bytes:

@@ -15,8 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from crashkernel.errors import EnvironmentFault, StageFailed, UsageError
+from crashkernel.drill.twin import CPUS, MACHINES, MMUS, Twin
+from crashkernel.errors import CrashkernelError, EnvironmentFault, StageFailed, UsageError
 from crashkernel.memory import parse_size
+from crashkernel.placement.image import KernelImage
 from crashkernel.placement.plan import PLACEMENTS, PlacementName
 
 if TYPE_CHECKING:
@@ -25,14 +27,10 @@ if TYPE_CHECKING:
 
     from crashkernel.drill.debian import Kernel
     from crashkernel.drill.guest import Userland
-    from crashkernel.drill.qemu import Twin
     from crashkernel.drill.scenario import Outcome, Stage
     from crashkernel.drill.verdict import Verdict
 
-# named here as well as in crashkernel.drill.qemu, so that --help works without the drill's dependencies
-_MACHINES = ("pseries", "powernv9", "powernv10")
-_CPUS = ("POWER8", "POWER9", "POWER10")
-_MMUS = ("radix", "hash")
+_GOAL = 1.5  # times the bare twin, at 2 GiB
 
 _DRILL_EPILOG = """examples:
   crashkernel drill                                 Debian 12's kernel, both placements
@@ -98,9 +96,9 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _add_twin(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--machine", choices=_MACHINES, default="pseries", help="default: %(default)s")
-    parser.add_argument("--cpu", choices=_CPUS, help="default: POWER9, or the machine's own")
-    parser.add_argument("--mmu", choices=_MMUS, help="default: radix, hash on POWER8")
+    parser.add_argument("--machine", choices=MACHINES, default="pseries", help="default: %(default)s")
+    parser.add_argument("--cpu", choices=CPUS, help="default: POWER9, or the machine's own")
+    parser.add_argument("--mmu", choices=MMUS, help="default: radix, hash on POWER8")
     parser.add_argument("--smp", type=int, default=1, metavar="N", help="CPUs (default: %(default)s)")
     parser.add_argument("--memory", default="2G", metavar="SIZE", help="default: %(default)s")
     parser.add_argument("--crashkernel", default="512M", metavar="SPEC", help="K1's crashkernel= option (default: %(default)s)")
@@ -110,8 +108,12 @@ def _drill(arguments: argparse.Namespace) -> int:
     if arguments.judge is not None:
         return _judge(arguments.judge)
     twin = _twin(arguments)
+    from crashkernel.drill.scenario import require_keepable  # noqa: PLC0415
+
     if arguments.json is not None and str(arguments.json) != "-":
         _require_writable(arguments.json)
+    if arguments.keep is not None:
+        require_keepable(arguments.keep)
     placements = PLACEMENTS if arguments.placement == "both" else (cast("PlacementName", arguments.placement),)
     display = _Display(to_stderr=str(arguments.json) == "-")
     with _terminable():
@@ -123,6 +125,7 @@ def _drill(arguments: argparse.Namespace) -> int:
                 keep = arguments.keep
                 if keep is not None:
                     keep = keep / kernel.name / placement if len(kernels) > 1 else keep / placement
+                    require_keepable(keep)
                 outcomes.append(_run(twin, kernel, placement, userland, display, keep))
     _write_json(arguments.json, outcomes)
     return 0 if all(outcome.passed for outcome in outcomes) else 1
@@ -141,23 +144,34 @@ def _judge(directory: Path) -> int:
 
 def _matrix(arguments: argparse.Namespace) -> int:
     _require_extra()
-    from crashkernel.drill.matrix import CASES, markdown_row, markdown_table, update_document  # noqa: PLC0415
+    from crashkernel.drill.matrix import CASES, markdown_row, markdown_table, result_cell, update_document  # noqa: PLC0415
 
     display = _Display()
-    rows, everything = [], []
+    rows: list[str] = []
+    outcomes: list[Outcome] = []
+    complete = True
     with _terminable():
         for number, case in enumerate(CASES, 1):
-            (kernel,), userland = _prepare([case.kernel], display)
-            display.title(f"{number} of {len(CASES)}: {kernel.name} on {case.twin.title}")
-            outcomes = [_run(case.twin, kernel, placement, userland, display, None) for placement in PLACEMENTS]
-            rows.append(markdown_row(case, kernel.name, outcomes))
-            everything += outcomes
+            twin, release = case.twin, case.kernel
+            try:
+                (kernel,), userland = _prepare([case.kernel], display)
+                span = KernelImage.from_bytes(kernel.vmlinux.read_bytes(), str(kernel.vmlinux)).span
+                twin, release = case.resolved(span), kernel.name
+                display.title(f"{number} of {len(CASES)}: {release} on {twin.title}")
+                results = [_run(twin, kernel, placement, userland, display, None) for placement in PLACEMENTS]
+                cells = [result_cell(outcome) for outcome in results]
+                outcomes += results
+            except CrashkernelError as error:  # one kernel that cannot be had does not cost the others
+                complete = False
+                cells = [f"not run: {error.message}"] * len(PLACEMENTS)
+                display.line(f"not run: {error}", style="bold red")
+            rows.append(markdown_row(twin, release, cells))
+            _write_json(arguments.json, outcomes)
     table = markdown_table(rows)
     print(table)
     if arguments.update is not None:
         update_document(arguments.update, table)
-    _write_json(arguments.json, everything)
-    return 0 if all(outcome.passed for outcome in everything) else 1
+    return 0 if complete and all(outcome.passed for outcome in outcomes) else 1
 
 
 def _bench(arguments: argparse.Namespace) -> int:
@@ -186,7 +200,8 @@ def _bench(arguments: argparse.Namespace) -> int:
     for placement, values in ratios.items():
         print(
             f"drill {placement}: {statistics.median(values):.2f} times the bare twin "
-            f"(median of {len(values)}, {min(values):.2f} to {max(values):.2f}), capture and verification included"
+            f"(median of {len(values)}, {min(values):.2f} to {max(values):.2f}), capture and verification included; "
+            f"{'within' if statistics.median(values) <= _GOAL else 'beyond'} the goal of {_GOAL}"
         )
     return 0
 
@@ -204,8 +219,6 @@ def _run(
 
 def _twin(arguments: argparse.Namespace) -> Twin:
     _require_extra()
-    from crashkernel.drill.qemu import Twin  # noqa: PLC0415
-
     own_cpu = {"powernv9": "POWER9", "powernv10": "POWER10"}
     cpu = arguments.cpu or own_cpu.get(arguments.machine, "POWER9")
     mmu = arguments.mmu or ("hash" if cpu == "POWER8" else "radix")
@@ -231,8 +244,8 @@ def _require_extra() -> None:
 
 def _require_writable(path: Path) -> None:
     # said before the drill, not after it
-    if not path.absolute().parent.is_dir():
-        raise UsageError(f"cannot write {path}: {path.absolute().parent} is no directory")
+    if not path.absolute().parent.is_dir() or path.is_dir():
+        raise UsageError(f"cannot write {path}", hint="give the name of a file in an existing directory")
 
 
 def _write_json(path: Path | None, outcomes: list[Outcome]) -> None:
@@ -258,16 +271,17 @@ def _write_json(path: Path | None, outcomes: list[Outcome]) -> None:
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM ends a drill like Ctrl-C does: QEMU and the working directory go with it."""
+    """SIGTERM and SIGHUP end a drill like Ctrl-C does: QEMU and the working directory go with it."""
 
     def interrupt(_number: int, _frame: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Display:

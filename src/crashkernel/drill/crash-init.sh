@@ -5,6 +5,7 @@
 # It speaks to the host over the virtio-serial port named "crashkernel", one line a message:
 #
 #   k1-up UPTIME      the kernel runs this script, UPTIME seconds after its start
+#   region NAME HEX   memory as the kernel has it in /proc/device-tree: 64-bit addresses and sizes
 #   log TEXT          a line the loader printed
 #   plan BYTES        exactly BYTES bytes of JSON follow, the loader's plan (not with kexec-tools)
 #   loaded UPTIME     the capture kernel is loaded
@@ -33,6 +34,23 @@ open_port
 
 say "k1-up $up"
 
+# What the kernel itself says of its memory, for the host: the loader's word is not taken for it.
+region() {
+    name=$1
+    shift
+    say "region $name $(cat "$@" | hexdump -v -e '1/1 "%02x"')"
+}
+tree=/proc/device-tree
+if [ -e $tree/chosen/linux,crashkernel-base ]; then
+    region crashkernel $tree/chosen/linux,crashkernel-base $tree/chosen/linux,crashkernel-size
+fi
+[ ! -e $tree/ibm,opal/opal-runtime-size ] ||
+    region OPAL $tree/ibm,opal/opal-base-address $tree/ibm,opal/opal-runtime-size
+for node in $tree/reserved-memory/*@*; do
+    name=${node##*/}
+    [ ! -e "$node/reg" ] || region "${name%@*}" "$node/reg"
+done
+
 LOADER=crashkernel
 . /etc/crashkernel/scenario
 
@@ -44,7 +62,8 @@ load() {
             set -- "$@" "$argument"
         done </etc/crashkernel/load-args
         export PYTHONPATH=/usr/lib/crashkernel PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
-        python3.11 -S -m crashkernel load "$@" --plan-out /tmp/plan.json
+        # the same as -m crashkernel, a sixth of a second sooner on an emulated CPU
+        python3.11 -S -c 'import sys; from crashkernel.cli import main; sys.exit(main())' load "$@" --plan-out /tmp/plan.json
         ;;
     kexec-tools)
         kexec -p /boot/vmlinux --initrd=/boot/initrd --append="$(cat /etc/crashkernel/append)"
@@ -86,7 +105,5 @@ while read -r word <&3; do
 done
 [ "$word" = crash ] || fail "the host hung up"
 
-# The dump's reader can see that it was this task that crashed, and not an accident before.
-echo drill-crash >/proc/self/comm
 echo c >/proc/sysrq-trigger
 fail "sysrq-trigger did not crash the kernel"

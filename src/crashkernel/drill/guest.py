@@ -43,7 +43,7 @@ NONCE_SIZE = 64  # bytes
 CRASH_MODULES = ("virtio_pci", "virtio_console")
 CAPTURE_MODULES = ("virtio_pci", "virtio_console", "virtio_blk")
 
-CRASH_APPLETS = ("sh", "cat", "insmod", "mount", "poweroff", "sleep", "stat")
+CRASH_APPLETS = ("sh", "cat", "hexdump", "insmod", "mount", "poweroff", "sleep", "stat")
 CAPTURE_APPLETS = ("sh", "dd", "insmod", "mount", "poweroff", "sleep", "stat", "tail")
 
 GUEST_PACKAGE_ROOT = PurePosixPath("usr/lib/crashkernel")  # PYTHONPATH in crash-init.sh

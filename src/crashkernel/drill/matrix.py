@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from crashkernel.drill.qemu import Twin
+from crashkernel.drill.twin import Twin
 from crashkernel.errors import UsageError
-from crashkernel.memory import format_size
+from crashkernel.memory import align_up, format_size
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,6 +26,13 @@ class Case:
     kernel: str
     twin: Twin
 
+    def resolved(self, kernel_span: int) -> Twin:
+        """The twin with `BEHIND_K1` replaced by the first MiB behind a K1 of `kernel_span` bytes."""
+        behind = f"512M@{align_up(kernel_span, 1 << 20) >> 20}M"
+        return replace(self.twin, crashkernel=behind) if self.twin.crashkernel == BEHIND_K1 else self.twin
+
+
+BEHIND_K1 = "directly behind K1's image"  # the mail's variant
 
 CASES = (
     Case(BOOKWORM, _TWIN),
@@ -41,30 +48,29 @@ CASES = (
     Case(BOOKWORM, replace(_TWIN, memory=1 * _GIB)),
     Case(BOOKWORM, replace(_TWIN, memory=4 * _GIB)),
     Case(BOOKWORM, replace(_TWIN, crashkernel="256M@128M")),
-    # directly behind K1's image, the mail's variant: Debian 6.1 ends at 0x287c918
-    Case(BOOKWORM, replace(_TWIN, crashkernel="512M@41M")),
+    Case(BOOKWORM, replace(_TWIN, crashkernel=BEHIND_K1)),
 )
 
 _BEGIN, _END = "<!-- matrix: begin, written by `make matrix` -->", "<!-- matrix: end -->"
 
 
-def markdown_row(case: Case, release: str, outcomes: list[Outcome]) -> str:
-    """One line of the table."""
-    twin = case.twin
+def markdown_row(twin: Twin, release: str, cells: list[str]) -> str:
+    """One line of the table; `cells` are the results of both placements."""
     machine = f"{twin.machine} {twin.cpu}" if twin.machine == "pseries" else twin.machine
-    cells = [
+    columns = [
         release,
         machine,
         twin.mmu,
         str(twin.smp),
         format_size(twin.memory),
         f"`{twin.crashkernel}`",
-        *(_cell(outcome) for outcome in outcomes),
+        *cells,
     ]
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(column.replace('|', '/') for column in columns)} |"
 
 
-def _cell(outcome: Outcome) -> str:
+def result_cell(outcome: Outcome) -> str:
+    """PASS and how much was compared, or why not."""
     if outcome.failure is not None:
         return f"FAIL: {outcome.failure.stage}"
     verdict = outcome.verdict

@@ -13,16 +13,18 @@ import shutil
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from qemu.qmp import QMPClient, QMPError
 
 from crashkernel.drill.guest import PORT_NAME
-from crashkernel.errors import CrashkernelError, EnvironmentFault, UsageError
-from crashkernel.memory import format_size
+from crashkernel.drill.twin import Twin
+from crashkernel.errors import CrashkernelError, EnvironmentFault
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from crashkernel.memory import Range
 
 _T = TypeVar("_T")
 
@@ -30,48 +32,7 @@ QEMU = "qemu-system-ppc64"
 CONSOLE_TAIL = 40
 """Lines of console kept for a report of failure."""
 
-MachineName = Literal["pseries", "powernv9", "powernv10"]
-MACHINES: tuple[MachineName, ...] = ("pseries", "powernv9", "powernv10")
-CPUS = ("POWER8", "POWER9", "POWER10")
-MMUS = ("radix", "hash")
-
 _MSR_IR = 0x20  # instruction relocation, Power ISA Book III 4.2.1
-
-
-@dataclass(frozen=True, slots=True)
-class Twin:
-    """The machine to emulate. `memory` is in bytes; `crashkernel` as on K1's command line."""
-
-    machine: MachineName = "pseries"
-    cpu: str = "POWER9"
-    mmu: str = "radix"
-    smp: int = 1
-    memory: int = 2 << 30
-    crashkernel: str = "512M"
-
-    def __post_init__(self) -> None:
-        if self.smp < 1:
-            raise UsageError(f"--smp {self.smp}: a machine has at least one CPU")
-        if self.machine == "powernv9" and self.cpu != "POWER9":
-            raise UsageError(f"powernv9 is a POWER9 machine, not {self.cpu}", hint="leave --cpu out")
-        if self.machine == "powernv10" and self.cpu != "POWER10":
-            raise UsageError(f"powernv10 is a POWER10 machine, not {self.cpu}", hint="leave --cpu out")
-        if self.cpu == "POWER8" and self.mmu == "radix":
-            raise UsageError("POWER8 has no radix MMU", hint="add --mmu hash, or leave --mmu out")
-
-    @property
-    def title(self) -> str:
-        """One line for people."""
-        return (
-            f"{self.machine} {self.cpu} {self.mmu}, {self.smp} CPU{'s' * (self.smp > 1)}, "
-            f"{format_size(self.memory)}, crashkernel={self.crashkernel}"
-        )
-
-    @property
-    def kernel_options(self) -> str:
-        """What K1's command line needs for this machine."""
-        hash_mmu = " disable_radix" if self.mmu == "hash" and self.cpu != "POWER8" else ""
-        return f"console=hvc0 crashkernel={self.crashkernel}{hash_mmu} rdinit=/init"
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +118,11 @@ class Debugger:
         """Let all CPUs run; does not wait."""
         await self._send("c")
 
+    async def step(self) -> None:
+        """One instruction on the CPU that stopped."""
+        await self._send("s")
+        await self.stopped()
+
     async def stopped(self) -> None:
         """Wait until the CPUs stand still."""
         while not (await self._packet()).startswith(("T", "S")):
@@ -188,8 +154,8 @@ class Debugger:
         return body[:-1].decode("ascii", "replace")
 
 
-class Machine:
-    """A running twin. `console` holds the last lines it printed; `on_console` sees each as it comes."""
+class RunningTwin:
+    """A twin under QEMU. `console` holds the last lines it printed; `on_console` sees each as it comes."""
 
     def __init__(self, process: asyncio.subprocess.Process, wiring: Wiring, log: Path) -> None:
         self.process = process
@@ -198,7 +164,7 @@ class Machine:
         self.panics: list[str] = []
         self.panics_expected = 0
         self._panicked = asyncio.Event()
-        self.reservation = ""
+        self.regions: dict[str, list[Range]] = {}  # what K1's kernel says of its memory
         self.spoke = asyncio.Event()  # set by each line on the console
         self._log = log
         self._control: tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -212,8 +178,9 @@ class Machine:
 
         :raise EnvironmentFault: QEMU is missing or does not start.
         """
-        if shutil.which(command[0]) is None:
-            raise EnvironmentFault(f"{command[0]} is not installed", hint="apt-get install qemu-system-ppc")
+        for program, package in ((command[0], "qemu-system-ppc"), ("setpriv", "util-linux")):
+            if shutil.which(program) is None:
+                raise EnvironmentFault(f"{program} is not installed", hint=f"apt-get install {package}")
         loop = asyncio.get_running_loop()
         connections: dict[str, asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]]] = {}
         qmp = QMPClient("twin")
@@ -298,7 +265,7 @@ class Machine:
         return await self._qmp.execute(name, arguments)  # type: ignore[return-value]
 
     async def _read_console(self, reader: asyncio.StreamReader) -> None:
-        with self._log.open("wb") as log:
+        with self._log.open("wb") as log, contextlib.suppress(ConnectionError):
             while raw := await reader.readline():
                 log.write(raw)
                 log.flush()
@@ -309,8 +276,6 @@ class Machine:
                     self.panics.append(line)
                     if len(self.panics) > self.panics_expected:
                         self._panicked.set()
-                if "for crashkernel" in line or "crashkernel reserved" in line:
-                    self.reservation = line
 
 
 class _Exited(CrashkernelError):

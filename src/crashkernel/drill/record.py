@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from crashkernel.drill.verdict import Truth, Verdict, judge
 from crashkernel.errors import FormatError, UsageError
+from crashkernel.machine import Region
 from crashkernel.memory import Range
 from crashkernel.placement.plan import LoadPlan
 
@@ -70,7 +71,8 @@ def evidence_json(truth: Truth) -> str:
             "panic": truth.panic,
             "release": truth.release,
             "crashed_pid": truth.crashed_pid,
-            "bare_metal": truth.bare_metal,
+            "cpus": truth.cpus,
+            "firmware": [{"name": region.name, "range": str(region.range)} for region in truth.firmware],
         },
         indent=1,
     )
@@ -84,17 +86,17 @@ def judge_kept(directory: Path) -> Verdict:
     try:
         plan = LoadPlan.from_json((directory / PLAN).read_text(), str(directory / PLAN))
         raw = json.loads((directory / EVIDENCE).read_text())
-        start, _, end = raw["reserved"].partition("-")
         truth = Truth(
             memory=directory / TRUTH,
             head=bytes.fromhex(raw["head"]),
             memory_size=int(raw["memory_size"]),
-            reserved=Range(int(start, 16), int(end, 16)),
+            reserved=_range(raw["reserved"]),
             nonce=bytes.fromhex(raw["nonce"]),
             panic=str(raw["panic"]),
             release=str(raw["release"]),
             crashed_pid=int(raw["crashed_pid"]),
-            bare_metal=raw["bare_metal"] is True,
+            cpus=int(raw["cpus"]),
+            firmware=tuple(Region(str(r["name"]), _range(r["range"])) for r in raw["firmware"]),
         )
         return judge(directory / DUMP, truth, plan)
     except OSError as error:
@@ -104,3 +106,8 @@ def judge_kept(directory: Path) -> Verdict:
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FormatError(f"not the evidence of a drill: {error!r}", source=str(directory / EVIDENCE)) from error
+
+
+def _range(text: str) -> Range:
+    start, _, end = text.partition("-")
+    return Range(int(start, 16), int(end, 16))

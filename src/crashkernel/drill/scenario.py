@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import mmap
 import os
 import re
@@ -24,11 +25,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from crashkernel.drill.guest import NONCE_SIZE, Loader, Userland, build_capture_image, build_crash_image
-from crashkernel.drill.qemu import Debugger, Machine, Twin, Wiring, qemu_command
+from crashkernel.drill.qemu import Debugger, RunningTwin, Wiring, qemu_command
 from crashkernel.drill.record import CONSOLE, DUMP, EVIDENCE, PLAN, TRUTH, evidence_json
+from crashkernel.drill.twin import Twin
 from crashkernel.drill.verdict import Truth, Verdict, judge
-from crashkernel.errors import EnvironmentFault, StageFailed
-from crashkernel.machine import HEAD_SIZE
+from crashkernel.errors import EnvironmentFault, FormatError, StageFailed, UsageError
+from crashkernel.machine import HEAD_SIZE, Region
 from crashkernel.memory import Range, format_size
 from crashkernel.placement.plan import LoadPlan, PlacementName
 
@@ -56,7 +58,6 @@ HANDOVER = Stage("handover", 120, "the purgatory did not reach K2's first instru
 BOOT_K2 = Stage("K2 boot", 300, "K2 started but did not come up: too little memory in crashkernel=, or a wrong device tree")
 CAPTURE = Stage("capture", 900, "K2 could not save /proc/vmcore to its disk")
 VERIFY = Stage("verify", 600, "")
-STAGES = (BOOT_K1, LOAD, CRASH, COPY_TRUTH, HANDOVER, BOOT_K2, CAPTURE, VERIFY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,7 @@ class _Clock:
         self._tell = tell
 
     @contextlib.asynccontextmanager
-    async def stage(self, stage: Stage, machine: Machine | None = None) -> AsyncIterator[Callable[[str], None]]:
+    async def stage(self, stage: Stage, machine: RunningTwin | None = None) -> AsyncIterator[Callable[[str], None]]:
         self._tell(stage, "")
         start = time.monotonic()
         try:
@@ -113,14 +114,19 @@ class _Clock:
             await asyncio.sleep(0.2)
             raise self._failed(stage, str(error), machine) from error
         except _Silent as error:
-            raise StageFailed(stage.name, error.reason, hint=_likely(stage, (error.reason,))) from error
+            console = tuple(machine.console) if machine else ()
+            raise StageFailed(stage.name, error.reason, console=console, hint=_likely(stage, (error.reason,))) from error
         except _GuestSaidNo as error:
             await asyncio.sleep(0.2)
             raise self._failed(stage, error.reason, machine) from error
+        except (OSError, ValueError, FormatError) as error:
+            # QEMU gone with words unread, a full disk, a guest that says nonsense
+            await asyncio.sleep(0.2)
+            raise self._failed(stage, f"{type(error).__name__}: {error}", machine) from error
         finally:
             self._outcome.stages[stage.name] = round(time.monotonic() - start, 3)
 
-    def _failed(self, stage: Stage, message: str, machine: Machine | None) -> StageFailed:
+    def _failed(self, stage: Stage, message: str, machine: RunningTwin | None) -> StageFailed:
         console = tuple(machine.console) if machine else ()
         return StageFailed(stage.name, message, console=console, hint=_likely(stage, console))
 
@@ -158,10 +164,7 @@ async def _drill(scenario: Scenario, userland: Userland, wiring: Wiring, outcome
     nonce = secrets.token_bytes(NONCE_SIZE)
     initrd = _build(scenario, userland, wiring, nonce, "crashkernel")
     command = qemu_command(scenario.twin, scenario.k1.vmlinux, initrd, wiring)
-    with wiring.disk.open("wb") as disk:
-        disk.truncate(_disk_size(scenario.twin))
-    async with Machine.start(command, wiring) as machine, contextlib.AsyncExitStack() as stack:
-        stack.enter_context(_populating(wiring.ram, wiring.disk))
+    async with _prepared(wiring, scenario.twin) as disk_filled, RunningTwin.start(command, wiring) as machine:
         async with clock.stage(BOOT_K1, machine):
             await _expect(machine, "k1-up")
         async with clock.stage(LOAD, machine) as note:
@@ -170,6 +173,8 @@ async def _drill(scenario: Scenario, userland: Userland, wiring: Wiring, outcome
             (wiring.directory / PLAN).write_text(text)
             outcome.plan = plan = LoadPlan.from_json(text)
             await _expect(machine, "armed", log=note)
+            await disk_filled.wait()
+            reserved, firmware = _kernels_regions(machine, scenario.twin)
         purgatory = plan.segment("purgatory").range.start
         debugger = await machine.attach()
         head = _read_ram(wiring.ram, HEAD_SIZE)
@@ -194,12 +199,13 @@ async def _drill(scenario: Scenario, userland: Userland, wiring: Wiring, outcome
             memory=wiring.directory / TRUTH,
             head=head,
             memory_size=scenario.twin.memory,
-            reserved=_announced(machine.reservation),
+            reserved=reserved,
             nonce=nonce,
             panic=_panic_text(machine.panics),
             release=scenario.k1.name,
             crashed_pid=_CRASHED_PID,
-            bare_metal=scenario.twin.machine != "pseries",
+            cpus=scenario.twin.smp,
+            firmware=firmware,
         )
         (wiring.directory / EVIDENCE).write_text(evidence_json(truth))
     async with clock.stage(VERIFY):
@@ -225,32 +231,43 @@ def _disk_size(twin: Twin) -> int:
     return twin.memory + (64 << 20)
 
 
+_UNWRITTEN = b"\xa5" * (4 << 20)
 _MADV_POPULATE_WRITE = 23  # include/uapi/asm-generic/mman-common.h, since Linux 5.14
 _POPULATE_STEP = 16 << 20
 
 
-@contextlib.contextmanager
-def _populating(*files: Path) -> Iterator[None]:
-    """Have the host find and clear memory for all of RAM and disk while the kernels boot: K2 would wait for each page later."""
-    done = threading.Event()
-    thread = threading.Thread(target=_populate, args=(files, done), daemon=True)
-    thread.start()
+@contextlib.asynccontextmanager
+async def _prepared(wiring: Wiring, twin: Twin) -> AsyncIterator[asyncio.Event]:
+    """RAM and K2's disk, made ready while K1 boots; what is yielded is set once the disk is.
+
+    The disk is filled with what no memory is made of: a page that K2 never wrote must not pass for a page of zeros. And by
+    the time K2 reads all of RAM and writes all of the disk, the host has found memory for both.
+    """
+    for path, size in ((wiring.ram, twin.memory), (wiring.disk, _disk_size(twin))):
+        with path.open("wb") as file:
+            file.truncate(size)
+    stop, filled, loop = threading.Event(), asyncio.Event(), asyncio.get_running_loop()
+
+    def work() -> None:
+        with wiring.disk.open("r+b", buffering=0) as file:
+            for _ in range(_disk_size(twin) // len(_UNWRITTEN)):
+                if stop.is_set():
+                    return
+                file.write(_UNWRITTEN)
+        loop.call_soon_threadsafe(filled.set)
+        # only a help: an older kernel cannot do it, and loses nothing but time
+        with contextlib.suppress(OSError), wiring.ram.open("r+b") as ram, mmap.mmap(ram.fileno(), 0) as memory:
+            for start in range(0, len(memory), _POPULATE_STEP):
+                if stop.is_set():
+                    return
+                memory.madvise(_MADV_POPULATE_WRITE, start, min(_POPULATE_STEP, len(memory) - start))
+
+    worker = asyncio.create_task(asyncio.to_thread(work))
     try:
-        yield
+        yield filled
     finally:
-        done.set()
-        thread.join()
-
-
-def _populate(files: tuple[Path, ...], done: threading.Event) -> None:
-    # only ever a help: a kernel that cannot do it, or a file that is gone, changes nothing but the time
-    with contextlib.suppress(OSError):
-        for path in files:
-            with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
-                for start in range(0, len(memory), _POPULATE_STEP):
-                    if done.is_set():
-                        return
-                    memory.madvise(_MADV_POPULATE_WRITE, start, min(_POPULATE_STEP, len(memory) - start))
+        stop.set()
+        await asyncio.wait({worker})
 
 
 async def _bare(scenario: Scenario, userland: Userland, wiring: Wiring, outcome: Outcome, tell: Listener) -> None:
@@ -259,7 +276,7 @@ async def _bare(scenario: Scenario, userland: Userland, wiring: Wiring, outcome:
     with wiring.disk.open("wb") as disk:
         disk.truncate(_disk_size(scenario.twin))
     command = qemu_command(scenario.twin, scenario.k1.vmlinux, initrd, wiring)
-    async with Machine.start(command, wiring) as machine:
+    async with RunningTwin.start(command, wiring) as machine:
         async with clock.stage(BOOT_K1, machine):
             await _expect(machine, "k1-up")
         async with clock.stage(LOAD, machine) as note:
@@ -294,7 +311,7 @@ def _build(scenario: Scenario, userland: Userland, wiring: Wiring, nonce: bytes,
 
 
 async def _expect(
-    machine: Machine,
+    machine: RunningTwin,
     word: str,
     *,
     log: Callable[[str], None] | None = None,
@@ -307,6 +324,8 @@ async def _expect(
         kind, _, rest = line.partition(" ")
         if kind == word:
             return rest.split(" ")[0]
+        if kind == "region":
+            _note_region(machine, rest)
         if kind == "failed":
             # a number is the loader's exit status: its own last line says more
             raise _GuestSaidNo(last if rest.isdigit() and last else f"the guest says: {rest}")
@@ -322,7 +341,7 @@ _SILENCE = 60  # seconds; K2's first line takes one or two
 _PANIC = b"Kernel panic - not syncing: "
 
 
-async def _first_words(machine: Machine, ram: Path, plan: LoadPlan) -> None:
+async def _first_words(machine: RunningTwin, ram: Path, plan: LoadPlan) -> None:
     """Wait for K2's first line. A kernel that dies before its console works leaves its reason in its log, in its memory."""
     try:
         async with asyncio.timeout(_SILENCE):
@@ -343,15 +362,16 @@ async def _first_words(machine: Machine, ram: Path, plan: LoadPlan) -> None:
         raise _Silent(message) from error
 
 
-async def _run_until(machine: Machine, debugger: Debugger, address: int) -> None:
+async def _run_until(machine: RunningTwin, debugger: Debugger, address: int) -> None:
     """Run to physical `address` in real mode; a user program of K1 may well use the same number as a virtual address."""
-    await debugger.set_breakpoint(address)
     while True:
+        await debugger.set_breakpoint(address)
         await debugger.resume()
         await debugger.stopped()
+        await debugger.clear_breakpoint(address)
         if await machine.in_real_mode_at(address):
-            await debugger.clear_breakpoint(address)
             return
+        await debugger.step()  # past it, or it would stop there for ever
 
 
 def _read_ram(ram: Path, size: int) -> bytes:
@@ -385,22 +405,24 @@ def _copy_chunk(src: int, dst: int, start: int) -> None:
         os.pwrite(dst, data[whole:], start + whole)
 
 
-def _announced(line: str) -> Range:
-    """The reserved region in the kernel's own words, up to 6.x in MiB, later in bytes.
+def _note_region(machine: RunningTwin, text: str) -> None:
+    """Take a line "NAME HEX": a memory region as the bytes of its device tree property, pairs of 64-bit address and size."""
+    name, _, digits = text.partition(" ")
+    data = bytes.fromhex(digits)
+    for at in range(0, len(data) // 16 * 16, 16):
+        base, size = (int.from_bytes(data[at + half : at + half + 8], "big") for half in (0, 8))
+        if size:
+            machine.regions.setdefault(name, []).append(Range.sized(base, size))
 
-    Sources: reserve_crashkernel (arch/powerpc/kexec/core.c), reserve_crashkernel_generic (kernel/crash_reserve.c).
-    """
-    exact = re.search(r"crashkernel reserved: (0x[0-9a-f]+) - (0x[0-9a-f]+)", line)
-    if exact:
-        return Range(int(exact[1], 16), int(exact[2], 16))
-    rounded = re.search(r"Reserving (\d+)MB of memory at (\d+)MB", line)
-    if rounded:
-        return Range.sized(int(rounded[2]) << 20, int(rounded[1]) << 20)
-    raise StageFailed(
-        BOOT_K1.name,
-        "K1 announced no reserved region",
-        hint="is crashkernel= valid for this memory size? see the console",
-    )
+
+def _kernels_regions(machine: RunningTwin, twin: Twin) -> tuple[Range, tuple[Region, ...]]:
+    """The reserved region, and on bare metal the firmware's, in K1's kernel's words: the loader is not asked."""
+    reserved = machine.regions.pop("crashkernel", [])
+    if len(reserved) != 1:
+        raise _GuestSaidNo("K1 has no reserved region: is crashkernel= valid for this memory size?")
+    if twin.machine == "pseries":
+        return reserved[0], ()
+    return reserved[0], tuple(Region(name, piece) for name, pieces in machine.regions.items() for piece in pieces)
 
 
 def _panic_text(panics: list[str]) -> str:
@@ -422,13 +444,15 @@ def _likely(stage: Stage, console: tuple[str, ...]) -> str:
 
 
 _WORK = "crashkernel-drill-"
+_LOCK = "lock"
+_LONGEST_SOCKET_PATH = 107  # sun_path, include/uapi/linux/un.h
 
 
 @contextlib.contextmanager
 def working_directory(memory: int) -> Iterator[Path]:
     """A private directory with room for RAM, its copy and the dump: TMPDIR if that is set, else in memory, else on disk.
 
-    :raise EnvironmentFault: nowhere is enough room.
+    :raise EnvironmentFault: nowhere is enough room, or QEMU cannot use the path.
     """
     wanted = 3 * memory + (512 << 20)
     chosen = os.environ.get("TMPDIR")
@@ -441,31 +465,63 @@ def working_directory(memory: int) -> Iterator[Path]:
             f"a drill with {format_size(memory)} needs {format_size(wanted)} of room in {' or '.join(map(str, places))}",
             hint="free some, set TMPDIR, or use a smaller --memory",
         )
-    with tempfile.TemporaryDirectory(prefix=f"{_WORK}{os.getpid()}-", dir=roomy[0]) as directory:
-        yield Path(directory)
+    with tempfile.TemporaryDirectory(prefix=_WORK, dir=roomy[0]) as name:
+        directory = Path(name)
+        if "," in name or len(name) > _LONGEST_SOCKET_PATH - len("/console.sock"):
+            raise EnvironmentFault(f"QEMU cannot use {name}", hint="set TMPDIR to a short path without commas")
+        with (directory / _LOCK).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield directory
+
+
+def _remove_leftovers(place: Path) -> None:
+    """What a drill left that was killed outright: gigabytes, in memory. A drill that lives holds its lock."""
+    for path in place.glob(f"{_WORK}*/{_LOCK}"):
+        with contextlib.suppress(OSError), path.open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path.parent, ignore_errors=True)
 
 
 def _has_room(place: Path, wanted: int) -> bool:
     try:
-        return os.access(place, os.W_OK) and shutil.disk_usage(place).free > wanted
+        room = os.access(place, os.W_OK) and shutil.disk_usage(place).free > wanted
     except OSError:
         return False
+    return room and (place != Path("/dev/shm") or _available_memory() > wanted)  # noqa: S108
 
 
-def _remove_leftovers(place: Path) -> None:
-    """What a drill left that was killed outright: gigabytes, in memory."""
-    for directory in place.glob(f"{_WORK}*-*"):
-        pid = directory.name.removeprefix(_WORK).split("-")[0]
-        if pid.isdigit() and not Path("/proc", pid).exists():
-            shutil.rmtree(directory, ignore_errors=True)
+def _available_memory() -> int:
+    # MemAvailable, in KiB (Documentation/filesystems/proc.rst)
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    return 0
+
+
+def require_keepable(keep: Path) -> None:
+    """Say before a drill, not after it, that its evidence cannot be kept there.
+
+    :raise UsageError: the directory cannot be made or written.
+    """
+    try:
+        keep.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=keep):
+            pass
+    except OSError as error:
+        raise UsageError(f"cannot keep a drill in {keep}: {error.strerror}", hint="choose another --keep") from error
 
 
 def _keep(directory: Path, keep: Path, outcome: Outcome) -> None:
-    keep.mkdir(parents=True, exist_ok=True)
-    for name, kept in {"disk": DUMP, **{name: name for name in (TRUTH, PLAN, EVIDENCE, CONSOLE)}}.items():
+    """Keep this drill's files and no other's; the dump last, and whole or not at all."""
+    files = {"disk": DUMP, **{name: name for name in (CONSOLE, PLAN, EVIDENCE, TRUTH)}}
+    for kept in files.values():
+        (keep / kept).unlink(missing_ok=True)
+    for name, kept in reversed(files.items()):
         source = directory / name
         # a disk that no verdict was reached on holds no dump
         if source.exists() and (name != "disk" or outcome.verdict is not None):
-            _copy_sparse(source, keep / kept)
+            temporary = keep / f"{kept}.new"
+            _copy_sparse(source, temporary)
+            temporary.replace(keep / kept)
             if name == "disk":
                 outcome.dump = keep / kept

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from crashkernel.errors import CrashkernelError
+from crashkernel.errors import CrashkernelError, VerificationError
 from crashkernel.formats.elf import EM_PPC64, ET_CORE, NT_PRSTATUS, ElfFile, Note, PrStatus
 from crashkernel.formats.vmcoreinfo import VmcoreInfo
-from crashkernel.machine import HEAD_SIZE
+from crashkernel.machine import HEAD_SIZE, Region
 from crashkernel.memory import Range, RangeSet
 from crashkernel.placement.moves import K1
 from crashkernel.placement.plan import LoadPlan
@@ -32,6 +34,7 @@ _SKIBOOT = "ibm,firmware-"  # mem_region_init and mem_region_add_dt_reserved, sk
 _VPA_SIZE = 0x400  # and its alignment: LPPACA_SIZE, arch/powerpc/kernel/paca.c
 _VPA_EYE_CATCHER = b"\xd3\x97\xd7\x81"  # init_lppaca, arch/powerpc/kernel/paca.c
 _VPA_DISPATCH_COUNT = range(0x100, 0x104)  # struct lppaca, arch/powerpc/include/asm/lppaca.h
+_MOST_DISPATCHES = 16  # seen: 3
 _MAX_RANGES = 64  # listed one by one; the counts are always complete
 _KERNEL_BASE = 0xC000000000000000
 
@@ -47,12 +50,13 @@ class Truth:
     memory: Path
     head: bytes
     memory_size: int  # bytes
-    reserved: Range  # as the kernel announced it on its console
+    reserved: Range  # in K1's kernel's words (/proc/device-tree/chosen, linux,crashkernel-base), not the loader's
     nonce: bytes
     panic: str  # the line K1 printed on its console, without the time stamp
     release: str  # uname -r of K1
     crashed_pid: int
-    bare_metal: bool  # OPAL firmware lives in the twin's memory
+    cpus: int
+    firmware: tuple[Region, ...]  # what OPAL reserved on bare metal, in K1's kernel's words; a partition's is below it
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +78,7 @@ class Exemption:
     - the firmware's own memory on bare metal (skiboot's image and heap, the tables of its interrupt and PCI controllers):
       OPAL runs, and logs, as long as the machine does;
     - a CPU's dispatch count in its VPA: the hypervisor counts when the stopped twin goes on, before the purgatory's first
-      instruction can take the VPA from it.
+      instruction can take the VPA from it. At most one for each CPU, and at most `_MOST_DISPATCHES` up.
     """
 
     range: Range
@@ -130,7 +134,6 @@ def judge(dump: Path, truth: Truth, plan: LoadPlan) -> Verdict:
                 verdict.problems.append(f"not a ppc64 core file: ELF type {elf.type}, machine {elf.machine}")
             pieces = _pieces(elf, k1, size, verdict)
             _compare(file.fileno(), memory.fileno(), pieces, truth, plan, verdict)
-            _marks(file.fileno(), elf, truth, verdict)
             _registers(head, elf, truth, plan, verdict)
         except CrashkernelError as error:
             verdict.problems.append(error.message)
@@ -180,34 +183,77 @@ def _pieces(elf: ElfFile, k1: RangeSet, size: int, verdict: Verdict) -> list[_Pi
 
 
 def _compare(dump: int, memory: int, pieces: list[_Piece], truth: Truth, plan: LoadPlan, verdict: Verdict) -> None:
-    # a partition's firmware is below it; what a plan calls OPAL there excuses nothing
-    named = plan.firmware if truth.bare_metal else ()
-    live = [region for region in named if region.name == "OPAL" or region.name.startswith(_SKIBOOT)]
+    """Compare all pieces in chunks, two at a time: reading is most of the work, and needs no interpreter."""
+    live = [region for region in truth.firmware if region.name == "OPAL" or region.name.startswith(_SKIBOOT)]
+    marks = _Marks([truth.nonce, truth.panic.encode()] if truth.panic else [truth.nonce])
+    buffers = threading.local()
     wrong_blocks: list[_Wrong] = []
     head_bytes = 0
-    ours, theirs = bytearray(_CHUNK), bytearray(_CHUNK)
-    for piece in pieces:
-        for start in range(piece.range.start, piece.range.end, _CHUNK):
-            size = min(_CHUNK, piece.range.end - start)
-            at = piece.file_offset + start - piece.range.start
-            _read(dump, ours, size, at)
-            _read(memory, theirs, size, start)
-            if start < HEAD_SIZE:
-                part = truth.head[start : start + size]
-                theirs[: len(part)] = part
-                head_bytes += len(part) if ours[: len(part)] == part else 0
-            verdict.bytes_compared += size
-            if ours[:size] == theirs[:size] if size < _CHUNK else ours == theirs:
-                continue
-            for block in _wrong_blocks(ours, theirs, size, start):
+
+    def compare(chunk: _Piece) -> tuple[_Piece, int, list[_Wrong]]:
+        if not hasattr(buffers, "pair"):
+            buffers.pair = bytearray(_CHUNK), bytearray(_CHUNK)
+        ours, theirs = buffers.pair
+        start, size = chunk.range.start, chunk.range.size
+        _read(dump, ours, size, chunk.file_offset)
+        _read(memory, theirs, size, start)
+        right_head = 0
+        if start < HEAD_SIZE:
+            part = truth.head[start : start + size]
+            theirs[: len(part)] = part
+            right_head = len(part) if ours[: len(part)] == part else 0
+        marks.look(ours, size)
+        same = ours == theirs if size == _CHUNK else ours[:size] == theirs[:size]
+        return chunk, right_head, [] if same else list(_wrong_blocks(ours, theirs, size, start))
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        for chunk, right_head, blocks in pool.map(compare, _chunks(pieces)):
+            head_bytes += right_head
+            verdict.bytes_compared += chunk.range.size
+            for block in blocks:
                 region = next((region for region in live if region.range.contains(block.range)), None)
                 if region is None:
-                    wrong_blocks += _without_dispatch_counts(block, verdict)
+                    wrong_blocks += _without_dispatch_counts(block, truth, verdict)
                 else:
                     verdict.exempt.append(Exemption(block.range, region.name, block.wrong))
     verdict.first_256_bytes_ok = head_bytes == HEAD_SIZE
     verdict.bytes_wrong = sum(block.wrong for block in wrong_blocks)
     verdict.wrong_ranges = _describe(wrong_blocks, plan)
+    verdict.nonce_found = marks.found(truth.nonce, dump)
+    verdict.panic_found = bool(truth.panic) and marks.found(truth.panic.encode(), dump)
+    if not verdict.nonce_found:
+        verdict.problems.append("this run's nonce is not in the dump: it is another crash's dump, or memory is lost")
+    if not verdict.panic_found:
+        verdict.problems.append(f"this crash's panic message is not in the dump: {truth.panic!r}")
+
+
+def _chunks(pieces: list[_Piece]) -> Iterator[_Piece]:
+    for piece in pieces:
+        for start in range(piece.range.start, piece.range.end, _CHUNK):
+            end = min(start + _CHUNK, piece.range.end)
+            yield _Piece(Range(start, end), piece.file_offset + start - piece.range.start)
+
+
+class _Marks:
+    """Bytes that only this crash's memory holds, looked for in each chunk as it passes."""
+
+    def __init__(self, marks: list[bytes]) -> None:
+        self._missing = set(marks)
+
+    def look(self, chunk: bytearray, size: int) -> None:
+        for mark in tuple(self._missing):
+            if chunk.find(mark, 0, size) >= 0:
+                self._missing.discard(mark)
+
+    def found(self, mark: bytes, dump: int) -> bool:
+        if mark not in self._missing:
+            return True
+        # it may lie across two chunks
+        size = os.fstat(dump).st_size
+        if size == 0:
+            return False
+        with mmap.mmap(dump, size, prot=mmap.PROT_READ) as data:
+            return data.find(mark) >= 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,16 +274,18 @@ class _Wrong:
         return len(self.places)
 
 
-def _without_dispatch_counts(block: _Wrong, verdict: Verdict) -> list[_Wrong]:
+def _without_dispatch_counts(block: _Wrong, truth: Truth, verdict: Verdict) -> list[_Wrong]:
     """Move what the hypervisor counted in a VPA from the wrong bytes to the exemptions."""
     places = set(block.places)
+    if truth.firmware:  # bare metal: no hypervisor counts
+        return [block]
     for vpa in range(0, len(block.true), _VPA_SIZE):
         if block.true[vpa : vpa + 4] != _VPA_EYE_CATCHER:
             continue
         field_bytes = slice(vpa + _VPA_DISPATCH_COUNT.start, vpa + _VPA_DISPATCH_COUNT.stop)
         before, after = (int.from_bytes(data[field_bytes], "big") for data in (block.true, block.dumped))
         counted = places & {vpa + offset for offset in _VPA_DISPATCH_COUNT}
-        if counted and after > before:
+        if counted and 0 < after - before <= _MOST_DISPATCHES and len(verdict.exempt) < truth.cpus:
             places -= counted
             where = Range.sized(block.start + field_bytes.start, len(_VPA_DISPATCH_COUNT))
             verdict.exempt.append(Exemption(where, f"VPA dispatch count, {before} to {after}", len(counted)))
@@ -249,8 +297,7 @@ def _read(descriptor: int, buffer: bytearray, size: int, offset: int) -> None:
     while view:
         count = os.preadv(descriptor, [view], offset)
         if count == 0:
-            view[:] = bytes(len(view))  # beyond the end of the RAM copy: never written, so zero
-            return
+            raise VerificationError(f"a file ended at {offset:#x} while it was compared")
         view, offset = view[count:], offset + count
 
 
@@ -305,20 +352,6 @@ def _names(paddr: int, plan: LoadPlan) -> list[str]:
     return names
 
 
-def _marks(dump: int, elf: ElfFile, truth: Truth, verdict: Verdict) -> None:
-    """Look for the nonce and for the panic line, which only this crash's memory holds."""
-    size = os.fstat(dump).st_size
-    if size == 0:
-        return
-    with mmap.mmap(dump, size, prot=mmap.PROT_READ) as data:
-        verdict.nonce_found = data.find(truth.nonce) >= 0
-        verdict.panic_found = bool(truth.panic) and data.find(truth.panic.encode()) >= 0
-    if not verdict.nonce_found:
-        verdict.problems.append("this run's nonce is not in the dump: it is another crash's dump, or memory is lost")
-    if not verdict.panic_found:
-        verdict.problems.append(f"this crash's panic message is not in the dump: {truth.panic!r}")
-
-
 def _registers(head: bytes, elf: ElfFile, truth: Truth, plan: LoadPlan, verdict: Verdict) -> None:
     """The ELF notes: VMCOREINFO of this kernel, and the registers of the task that crashed."""
     problems = []
@@ -330,16 +363,25 @@ def _registers(head: bytes, elf: ElfFile, truth: Truth, plan: LoadPlan, verdict:
         release = VmcoreInfo.from_bytes(info.desc).release
         if release != truth.release:
             problems.append(f"VMCOREINFO is of kernel {release}, K1 was {truth.release}")
-    tasks = [PrStatus.from_bytes(note.desc, elf.byteorder) for note in notes if note.type == NT_PRSTATUS]
+    saved = [note.desc for note in notes if note.type == NT_PRSTATUS]
+    tasks = [PrStatus.from_bytes(desc, elf.byteorder) for desc in saved]
     text = next((region.range for region in plan.k1_layout if region.name == "K1 text"), None)
-    if not tasks:
-        problems.append("no registers: the dump has no NT_PRSTATUS note")
-    elif not any(
+    if len(saved) != truth.cpus:
+        problems.append(f"the dump has the registers of {len(saved)} CPUs, the machine had {truth.cpus}")
+    if any(desc not in _note_buffers(truth, plan) for desc in saved):
+        problems.append("registers in the dump are not those K1 saved when it died")
+    if not any(
         task.pid == truth.crashed_pid and (text is None or task.registers["nip"] - _KERNEL_BASE in text) for task in tasks
     ):
         problems.append(f"no CPU's registers belong to the task that crashed (pid {truth.crashed_pid})")
     verdict.registers_ok = not problems
     verdict.problems += problems
+
+
+def _note_buffers(truth: Truth, plan: LoadPlan) -> bytes:
+    """K1's crash_notes as the host saw them: the plan says where to look, the truth what is there."""
+    with truth.memory.open("rb") as memory:
+        return b"".join(os.pread(memory.fileno(), min(note.size, _BLOCK), note.start) for note in plan.notes)
 
 
 def _summarise(verdict: Verdict) -> None:

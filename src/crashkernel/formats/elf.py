@@ -21,7 +21,7 @@ from crashkernel.memory import align_up
 
 ByteOrder = Literal["little", "big"]
 
-ET_EXEC, ET_DYN, ET_CORE = 2, 3, 4
+ET_CORE = 4
 EM_PPC64, EM_X86_64 = 21, 62
 PT_LOAD, PT_NOTE = 1, 4
 PF_X, PF_W, PF_R = 1, 2, 4

@@ -23,10 +23,6 @@ MAGIC = 0xD00DFEED
 VERSION = 17
 LAST_COMPATIBLE_VERSION = 16
 
-# Where `boot_cpuid_phys` lies in the blob, in bytes: the purgatory stores the CPU it runs on there, big endian, before
-# it enters the capture kernel (specification 5.2).
-BOOT_CPUID_OFFSET = 28
-
 # Linux unflattens no deeper (FDT_MAX_DEPTH, drivers/of/fdt.c). Counted in nodes, the root being the first.
 MAX_DEPTH = 64
 
@@ -90,13 +86,6 @@ class Node:
         if len(value) % _WORD.size:
             raise FormatError(f"property {name} of node {self.name or '/'} has {len(value)} bytes, not whole cells")
         return struct.unpack(f">{len(value) // _WORD.size}I", value)
-
-    def u32(self, name: str) -> int:
-        """Return the property as one 32-bit number.
-
-        :raise FormatError: when there is no such property, or it is not 4 bytes.
-        """
-        return self._number(name, 4)
 
     def u64(self, name: str) -> int:
         """Return the property as one 64-bit number.

@@ -66,11 +66,6 @@ class VmcoreInfo(Mapping[str, str]):
             raise FormatError(f"VMCOREINFO says PAGESIZE={size}, not a power of two", source=self.source)
         return size
 
-    @property
-    def crash_time(self) -> int | None:
-        """When the kernel crashed, in seconds since 1970 (CRASHTIME); None before it did."""
-        return self._integer("CRASHTIME", 10) if "CRASHTIME" in self else None
-
     def symbol(self, name: str) -> int:
         """Virtual address of a symbol (SYMBOL)."""
         return self._integer(f"SYMBOL({name})", 16)

@@ -57,23 +57,16 @@ class Machine:
     model: str  # the device tree's own words
     mmu: Mmu  # what K1 runs with, and so what K2 will choose
     byteorder: ByteOrder  # of K1
-    page_size: int  # of K1
+    page_size: int  # of K1; no plan asks: everything is placed in 64 KiB pages, good for any K1
     memory: RangeSet  # all RAM, the reserved region included
     real_mode: Range  # what a CPU with translation off reaches: the RMA of a partition, everything on bare metal
     cpus: tuple[Cpu, ...]  # all that are present
     reserved: Range | None  # crashkernel=
     firmware: tuple[Region, ...]  # RTAS, OPAL, TCE tables, reserved-memory: live below any kernel
-    initrd: Range | None  # K1's
+    initrd: Range | None  # K1's; no plan asks: it is K1's memory like the rest, and freed after its boot
     vmcoreinfo: Range | None
     head: bytes  # K1's first HEAD_SIZE bytes, b"" when nobody could read them
     cmdline: str  # K1's
     release: str  # K1's, "" when only its tree is known
     timebase_hz: int
     device_tree: Node
-
-    @property
-    def firmware_ranges(self) -> RangeSet:
-        """The firmware's memory as one set."""
-        from crashkernel.memory import RangeSet  # noqa: PLC0415  (types only above: this module stays cheap to import)
-
-        return RangeSet(region.range for region in self.firmware)

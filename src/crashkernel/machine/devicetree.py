@@ -6,6 +6,7 @@ reserved-memory), PAPR (RTAS, dynamic memory), skiboot doc/device-tree (ibm,opal
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -25,9 +26,9 @@ _MAX_LMBS = 1 << 20  # 256 TiB of 256 MiB blocks: more is a corrupt count, not a
 def machine_from_tree(root: Node, *, source: str = "device tree") -> Machine:
     """What the tree alone can tell; a running kernel's notes, page size and layout stay unknown (0, None, empty).
 
-    :raise FormatError: the tree lacks memory or says something impossible.
+    :raise FormatError: the tree is no POWER machine's, lacks memory, or says something impossible.
     """
-    platform: Platform = "powernv" if root.child("ibm,opal") is not None else "pseries"
+    platform = _platform(root, source)
     nodes = [memory_ranges(node, root) for node in memory_nodes(root)]
     lmbs = tuple(lmb.range for lmb in dynamic_memory(root) if lmb.usable)
     memory = RangeSet([piece for node in nodes for piece in node] + list(lmbs))
@@ -50,10 +51,25 @@ def machine_from_tree(root: Node, *, source: str = "device tree") -> Machine:
         initrd=_pair(chosen, "linux,initrd-start", "linux,initrd-end"),
         vmcoreinfo=None,
         head=b"",
-        cmdline=_text(chosen, "bootargs") if chosen is not None else "",
+        cmdline=os.fsdecode(chosen.properties.get("bootargs", b"").split(b"\0")[0]) if chosen is not None else "",
         release="",
         timebase_hz=_timebase(root),
         device_tree=root,
+    )
+
+
+def _platform(root: Node, source: str) -> Platform:
+    if root.child("ibm,opal") is not None:
+        return "powernv"
+    # A hypervisor names its calls there: that, not RTAS, makes a partition (probe_fw_features,
+    # arch/powerpc/platforms/pseries/firmware.c; prom_find_machine_type, arch/powerpc/kernel/prom_init.c).
+    rtas = root.child("rtas")
+    if rtas is not None and "ibm,hypertas-functions" in rtas.properties:
+        return "pseries"
+    raise FormatError(
+        "not a PowerNV or PAPR machine: neither /ibm,opal nor /rtas with ibm,hypertas-functions",
+        source=source,
+        hint="give the tree of a booted POWER server or partition, /sys/firmware/fdt",
     )
 
 
@@ -92,7 +108,7 @@ def _lmbs_v1(data: bytes, size: int) -> Iterator[Lmb]:
     for index in range(count):
         entry = 4 + 24 * index
         base = int.from_bytes(data[entry : entry + 8], "big")
-        yield Lmb(Range.sized(base, size), _usable(data[entry + 20 : entry + 24]))
+        yield Lmb(_sized(base, size), _usable(data[entry + 20 : entry + 24]))
 
 
 def _lmbs_v2(data: bytes, size: int) -> Iterator[Lmb]:
@@ -106,7 +122,7 @@ def _lmbs_v2(data: bytes, size: int) -> Iterator[Lmb]:
         if total > _MAX_LMBS:
             raise FormatError(f"ibm,dynamic-memory-v2 claims {total} memory blocks", source="device tree")
         for block in range(run):
-            yield Lmb(Range.sized(base + block * size, size), _usable(data[entry + 20 : entry + 24]))
+            yield Lmb(_sized(base + block * size, size), _usable(data[entry + 20 : entry + 24]))
 
 
 def _count(data: bytes, entry_size: int, name: str) -> int:
@@ -133,7 +149,7 @@ def _reserved(chosen: Node | None) -> Range | None:
     if chosen is None or "linux,crashkernel-base" not in chosen.properties:
         return None
     base, size = (_number(chosen, f"linux,crashkernel-{name}") for name in ("base", "size"))
-    return Range.sized(base, size) if size else None
+    return _sized(base, size) if size else None
 
 
 def _firmware(root: Node) -> Iterator[Region]:
@@ -141,16 +157,16 @@ def _firmware(root: Node) -> Iterator[Region]:
     if rtas is not None and "linux,rtas-base" in rtas.properties:
         size = _number(rtas, "rtas-size")
         if size:
-            yield Region("RTAS", Range.sized(_number(rtas, "linux,rtas-base"), size))
+            yield Region("RTAS", _sized(_number(rtas, "linux,rtas-base"), size))
     opal = root.child("ibm,opal")
     if opal is not None and "opal-base-address" in opal.properties:
         size = _number(opal, "opal-runtime-size")
         if size:
-            yield Region("OPAL", Range.sized(_number(opal, "opal-base-address"), size))
+            yield Region("OPAL", _sized(_number(opal, "opal-base-address"), size))
     for path, node in root.walk():
         # prom_initialize_tce_table, arch/powerpc/kernel/prom_init.c (bare metal before OPAL)
         if "linux,tce-base" in node.properties and _number(node, "linux,tce-size"):
-            yield Region(f"TCE {path}", Range.sized(_number(node, "linux,tce-base"), _number(node, "linux,tce-size")))
+            yield Region(f"TCE {path}", _sized(_number(node, "linux,tce-base"), _number(node, "linux,tce-size")))
     named = root.child("reserved-memory")
     if named is not None:
         for node in named.children:
@@ -176,7 +192,7 @@ def _timebase(root: Node) -> int:
     # 512 MHz on every POWER server since POWER6 (Power ISA's time base is a constant of the platform)
     cpus = root.child("cpus")
     rates = [_number(node, "timebase-frequency") for node in (cpus.children if cpus else ())]
-    return next((rate for rate in rates if rate), 512_000_000)
+    return next((rate for rate in rates if 0 < rate < 1 << 32), 512_000_000)
 
 
 def _mmu(root: Node) -> Mmu:
@@ -199,13 +215,13 @@ def _pair(node: Node | None, start: str, end: str) -> Range | None:
     if node is None or start not in node.properties or end not in node.properties:
         return None
     first, last = _number(node, start), _number(node, end)
-    return Range(first, last) if first < last else None
+    return _sized(first, last - first) if first < last else None
 
 
 def _reg(node: Node, parent: Node) -> Iterator[Range]:
-    # Devicetree spec 2.3.5: the parent's cells rule; 2 and 1 by default, but POWER roots always say 2 and 2.
-    address_cells = _number(parent, "#address-cells") or 2
-    size_cells = _number(parent, "#size-cells") or 2
+    # Devicetree spec 2.3.5: the parent's cells rule, 2 and 1 where it says nothing; POWER roots always say 2 and 2.
+    address_cells = _number(parent, "#address-cells") if "#address-cells" in parent.properties else 2
+    size_cells = _number(parent, "#size-cells") if "#size-cells" in parent.properties else 1
     if not (1 <= address_cells <= 2 and 1 <= size_cells <= 2):
         raise FormatError(f"{node.name}: #address-cells {address_cells}, #size-cells {size_cells}", source="device tree")
     yield from _pairs(node.properties.get("reg", b""), address_cells, size_cells)
@@ -217,4 +233,11 @@ def _pairs(data: bytes, address_cells: int, size_cells: int) -> Iterator[Range]:
         base = int.from_bytes(data[at : at + 4 * address_cells], "big")
         size = int.from_bytes(data[at + 4 * address_cells : at + step], "big")
         if size:
-            yield Range.sized(base, size)
+            yield _sized(base, size)
+
+
+def _sized(base: int, size: int) -> Range:
+    # A plan writes every address, ends included, as a 64-bit number.
+    if base + size >= 1 << 64:
+        raise FormatError(f"{size:#x} bytes at {base:#x} reach beyond 64 bits", source="device tree")
+    return Range.sized(base, size)

@@ -42,7 +42,7 @@ def read_machine(root: Path = Path("/")) -> Machine:
         cpus=_cpus(root),
         vmcoreinfo=_vmcoreinfo(sys_kernel / "vmcoreinfo"),
         head=_head(root / "proc/kcore"),
-        cmdline=(root / "proc/cmdline").read_text().strip(),
+        cmdline=os.fsdecode((root / "proc/cmdline").read_bytes()).strip(),  # any bytes: whoever booted K1 typed them
         release=(root / "proc/sys/kernel/osrelease").read_text().strip(),
     )
 
@@ -78,19 +78,23 @@ def _mmu(root: Path, capable: Mmu) -> Mmu:
 
 
 def _cpus(root: Path) -> tuple[Cpu, ...]:
-    """Every present CPU with its note buffer (drivers/base/cpu.c, crash_notes: physical address and size in bytes)."""
+    """Every present CPU with its note buffer (drivers/base/cpu.c, crash_notes: physical address and size in bytes).
+
+    A CPU without one, in a kernel without CONFIG_KEXEC_CORE, is a CPU all the same: it comes to the purgatory.
+    """
     cpus = []
     online = _online(root / "sys/devices/system/cpu/online")
     for directory in sorted((root / "sys/devices/system/cpu").glob("cpu[0-9]*"), key=lambda path: int(path.name[3:])):
+        note = None
         try:
             paddr = int((directory / "crash_notes").read_text(), 16)
-            size = int((directory / "crash_notes_size").read_text())
+            note = Range.sized(paddr, int((directory / "crash_notes_size").read_text()))
         except FileNotFoundError:
-            continue  # a kernel without CONFIG_KEXEC_CORE; planning goes on, loading will be refused by the kernel
+            pass
         except PermissionError as error:
             raise EnvironmentFault(f"cannot read {error.filename}", hint="run as root") from error
         number = int(directory.name[3:])
-        cpus.append(Cpu(number, Range.sized(paddr, size), number in online))
+        cpus.append(Cpu(number, note, number in online))
     return tuple(cpus)
 
 

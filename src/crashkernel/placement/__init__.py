@@ -6,6 +6,7 @@ All that follows from a table (the vmcore's header, the pictures, the verdict) a
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from crashkernel.placement.moves import Copy, Exchange, Move, Put
 from crashkernel.placement.plan import LoadPlan, PlacementName, Segment, SegmentContent, check_plan, keep
 
 if TYPE_CHECKING:
+    from crashkernel.machine import Mmu
     from crashkernel.placement.image import KernelImage
 
 PAGE = 0x10000
@@ -26,14 +28,17 @@ PAGE = 0x10000
 PURGATORY_SIZE = PAGE
 _MIB = 1 << 20
 
-LINEAR_MAP_BLOCK = {"radix": 2 * _MIB, "hash": 16 * _MIB}
-"""K2's memory comes in blocks of the page size K2 may map it with, in bytes.
+LINEAR_MAP_BLOCK: dict[Mmu, int] = {"radix": 2 * _MIB, "hash": 16 * _MIB}
+"""K2's memory comes in whole blocks of the page size K2 may map it with, in bytes; a page of every range stays free.
 
 Hash: htab_bolt_mapping (arch/powerpc/mm/book3s64/hash_utils.c) maps only whole linear pages, up to 16 MiB, and leaves the
 ragged ends of a range unmapped though the allocator hands them out. Radix maps ragged ends with small pages, whose page
 tables it must find inside the same range (early_alloc_pgtable). A range that K2's image fills to its ragged end stops
 K2 before its first line of output: seen with Debian 6.1, with 64 KiB at 0 and the backup right behind the image.
 """
+
+COMMAND_LINE_SIZE = 2048
+"""Here K2 cuts its command line off, in bytes with the final NUL (arch/powerpc/include/uapi/asm/setup.h)."""
 
 EARLY_ALLOCATIONS = 2 * _MIB
 """Free memory K2 needs right behind its image at zero: radix takes the page tables of a range from inside it."""
@@ -45,13 +50,12 @@ def plan_load(
     initrd_size: int,
     cmdline: str,
     placement: PlacementName,
-    *,
-    place_initrd: bool = True,
 ) -> LoadPlan:
     """The complete plan for one machine, capture kernel and placement.
 
     `initrd_size` is in bytes; `cmdline` is K2's, without `elfcorehdr=`, which is added here.
-    :raise PlanError: no region is reserved, or K2 does not fit into it; says by how much, and what to change.
+    :raise PlanError: no region is reserved, K2 does not fit into it (says by how much, and what to change), or its command
+        line is too long.
     """
     region = machine.reserved
     if region is None:
@@ -59,17 +63,17 @@ def plan_load(
             "no memory is reserved for a capture kernel",
             hint="boot with crashkernel=512M on the kernel command line (check /sys/kernel/kexec_crash_size)",
         )
-    table = (_zero if placement == "zero" else _reserved)(machine, image, region)
+    # Hash blocks hold whole radix blocks, so K2 may still choose radix (parse_disable_radix, arch/powerpc/mm/init_64.c).
+    hash_likely = machine.mmu == "hash" or any(word.partition("=")[0] == "disable_radix" for word in cmdline.split())
+    block = LINEAR_MAP_BLOCK["hash" if hash_likely else "radix"]
     firmware = RangeSet(region.range.align_outward(PAGE) for region in machine.firmware)
-    room = _Room(
-        (RangeSet([region]) & RangeSet([machine.real_mode]) & table.k2_memory)
-        - firmware
-        - RangeSet(segment.range for segment in table.segments)
-        - RangeSet([table.low_block]),
-        machine,
-    )
+    table = (_zero if placement == "zero" else _reserved)(machine, image, region, firmware, block)
+    k2_memory = table.k2_memory - firmware
+    k2_mapped = table.k2_memory | _mappable(machine, block)
+    free = k2_memory - RangeSet(segment.range for segment in table.segments)
+    room = _Room((RangeSet([region]) & free) - RangeSet([table.low_block]) - _spare(k2_mapped, free), machine)
     # room for what tree.py adds: K2's command line, a pair of 64-bit numbers for each piece of memory, its count in drconf
-    tree_size = len(DeviceTree(machine.device_tree, (), 0).to_bytes()) + len(cmdline) + 64 * 1024
+    tree_size = len(DeviceTree(machine.device_tree, (), 0).to_bytes()) + COMMAND_LINE_SIZE + 64 * 1024
     tree_size += 24 * sum(lmb.usable for lmb in dynamic_memory(machine.device_tree))
     core_entries = 8 + len(machine.cpus) + 2 * len(machine.memory) + 4 * len(table.moves)
     wanted: list[tuple[SegmentContent, int]] = [
@@ -79,16 +83,27 @@ def plan_load(
     ]
     if initrd_size:
         wanted.append(("initrd", initrd_size))
-    segments = (*table.segments, *(Segment(content, room.take(content, size)) for content, size in wanted))
-    kept = keep(machine.memory, region, segments, table.moves, table.k2_memory - firmware)
+    # Nothing reads the initrd with translation off. It goes lowest first like the rest, and so above the RMA only when it
+    # does not fit below: K2's early allocations have a block of their own (first_memblock_size, arch/powerpc/kernel/prom.c).
+    segments = (
+        *table.segments,
+        *(Segment(content, room.take(content, size, real_mode=content != "initrd")) for content, size in wanted),
+    )
+    kept = keep(machine.memory, region, segments, table.moves, k2_memory)
     elfcorehdr = next(segment.range.start for segment in segments if segment.content == "elfcorehdr")
     opal = machine.device_tree.child("ibm,opal")
     online = sum(cpu.online for cpu in machine.cpus)
+    cmdline = f"{cmdline} elfcorehdr={elfcorehdr >> 10}K".strip()
+    if (length := len(os.fsencode(cmdline)) + 1) > COMMAND_LINE_SIZE:
+        raise PlanError(
+            f"K2's command line has {length} bytes, K2 reads {COMMAND_LINE_SIZE}: elfcorehdr= at its end would be lost",
+            hint="shorten --append, or do not --reuse-cmdline",
+        )
     plan = LoadPlan(
         placement=placement,
         kernel=image.release,
         kernel_span=image.span,
-        cmdline=f"{cmdline} elfcorehdr={elfcorehdr >> 10}K".strip(),
+        cmdline=cmdline,
         machine=f"{machine.platform} {machine.mmu}, {machine.model}",
         memory=machine.memory,
         reserved=region,
@@ -99,12 +114,12 @@ def plan_load(
         moves=table.moves,
         entry=table.entry,
         opal=(opal.u64("opal-base-address"), opal.u64("opal-entry-address")) if opal is not None else (0, 0),
-        k2_memory=table.k2_memory - firmware,
-        k2_mapped=table.k2_memory | _mappable(machine),
+        k2_memory=k2_memory,
+        k2_mapped=k2_mapped,
         kept=kept,
         notes=tuple(note for note in (machine.vmcoreinfo, *(cpu.note for cpu in machine.cpus)) if note is not None),
         # pnv_kexec_cpu_down (arch/powerpc/platforms/powernv/setup.c) hands the other CPUs back to OPAL: none comes
-        slaves=0 if machine.platform == "powernv" else online - 1,
+        slaves=0 if machine.platform == "powernv" else max(0, online - 1),
         # as long as K1 itself grants its CPUs to answer the crash IPI (IPI_TIMEOUT, arch/powerpc/kexec/crash.c)
         slave_timeout=10 * machine.timebase_hz,
         partition=machine.platform == "pseries",
@@ -131,85 +146,92 @@ class _Room:
         self._free = free
         self._machine = machine
 
-    def take(self, what: str, size: int, alignment: int = PAGE, *, at_least: int = 0) -> Range:
-        """The lowest free stretch of `size` bytes (rounded up to pages), at or above `at_least`."""
+    def take(self, what: str, size: int, alignment: int = PAGE, *, real_mode: bool = True) -> Range:
+        """The lowest free stretch of `size` bytes (rounded up to pages), within reach of `real_mode` if so wanted."""
         size = align_up(size, PAGE)
-        candidates = self._free & RangeSet([Range(at_least, 1 << 64)])
+        candidates = self._free & RangeSet([self._machine.real_mode]) if real_mode else self._free
         found = candidates.find(size, alignment)
         if found is None:
-            largest = max((r.size for r in candidates), default=0)
-            region = self._machine.reserved
+            needs = f"K2 does not fit: the {what} needs {format_size(size)} in one piece"
+            has = (
+                f"the reserved region {self._machine.reserved} has {format_size(max((r.size for r in candidates), default=0))}"
+            )
+            if self._free.find(size, alignment) is None:
+                raise PlanError(f"{needs}, {has} left", hint="reserve more memory: raise crashkernel= and reboot")
+            limit = self._machine.real_mode.end
             raise PlanError(
-                f"K2 does not fit: the {what} needs {format_size(size)} in one piece, the reserved region "
-                f"{region} has {format_size(largest)} left",
-                hint="reserve more memory: raise crashkernel= and reboot",
+                f"{needs} within the RMA, all that a CPU reaches with translation off: {has} left below {limit:#x}",
+                hint=f"move the region down: boot with crashkernel=SIZE@OFFSET, with more of it below {format_size(limit)}",
             )
         self._free -= RangeSet([found])
         return found
 
 
-def _zero(machine: Machine, image: KernelImage, region: Range) -> _Table:
+def _zero(machine: Machine, image: KernelImage, region: Range, firmware: RangeSet, block: int) -> _Table:
     """K2 exchanged down to address zero.
 
     K2 owns [0, low): its image and what its early allocator needs behind it. Where the region begins below `low`, the
     part from there on is K2's already: only [0, region) is exchanged, and an image that reaches into the region is loaded
     there directly.
     """
-    block = LINEAR_MAP_BLOCK[machine.mmu]
     low = Range(0, align_up(image.span + EARLY_ALLOCATIONS, block))
     moving = Range(0, min(low.end, region.start))
-    for firmware in machine.firmware:
-        if firmware.range.overlaps(low):
+    for named in machine.firmware:
+        if named.range.overlaps(low):
             raise PlanError(
-                f"{firmware.name} at {firmware.range} lies in the memory that K2 would take ({low})",
+                f"{named.name} at {named.range} lies in the memory that K2 would take ({low})",
                 hint="use --placement reserved on this machine",
             )
-    usable = RangeSet([region]) & RangeSet([machine.real_mode])
-    room = _Room(usable - RangeSet([low]) - machine.firmware_ranges, machine)
+    room = _Room((RangeSet([region]) & machine.memory) - RangeSet([low]) - firmware, machine)
+    # Not K2's to map, but the whole blocks around it are: what it leaves of its last block is nobody's.
     parked = room.take("image of the capture kernel", moving.size, block)
     segments = [Segment("kernel", parked)]
     if image.span > moving.end:
         segments.append(Segment("kernel", Range(moving.end, align_up(image.span, PAGE)), origin=moving.end))
+    # Where the region begins below `low`, the two are one range, with the early allocator's room inside.
     memory = (RangeSet([low, region]) & machine.memory) - RangeSet([parked])
     return _Table(
         segments=tuple(segments),
         moves=(Put(0, HEAD_SIZE), Exchange(0, parked.start, moving.size)),
         entry=0,
         low_block=low,
-        k2_memory=_whole_blocks(memory, machine),
+        k2_memory=_whole_blocks(memory, block),
     )
 
 
-def _reserved(machine: Machine, image: KernelImage, region: Range) -> _Table:
+def _reserved(machine: Machine, image: KernelImage, region: Range, firmware: RangeSet, block: int) -> _Table:
     """K2 running where it was loaded.
 
     It still needs memory at 0 for its exception vectors, so K1's bytes there are backed up first; and K1's other CPUs find
     K2's slave entry at absolute 0x60 only if its head is copied there (K2 itself copies from 0x100 on).
     """
-    low = Range(0, LINEAR_MAP_BLOCK[machine.mmu])
-    usable = RangeSet([region]) & RangeSet([machine.real_mode])
-    # in whole blocks: K2 cannot map, and so not run in, the ragged ends of the region
-    room = _Room(_whole_blocks(usable, machine) - machine.firmware_ranges, machine)
+    low = Range(0, block)
+    # in whole blocks: K2 is not given, and so cannot run in, the ragged ends of the region
+    room = _Room(_whole_blocks(RangeSet([region]) & machine.memory, block) - firmware, machine)
     # The backup first: it is not K2's, and the rest of the region stays one range with free memory around the image.
     backup = room.take("backup of K1's low memory", low.size, low.size)
-    running = room.take("image of the capture kernel", image.span, LINEAR_MAP_BLOCK["hash"])
+    # With a page behind it that stays free, should the image be all there is in its range.
+    running = room.take("image of the capture kernel", align_up(image.span, PAGE) + PAGE, LINEAR_MAP_BLOCK["hash"])
+    running = Range(running.start, running.end - PAGE)
     return _Table(
         segments=(Segment("kernel", running),),
         moves=(Put(0, HEAD_SIZE), Copy(backup.start, 0, low.size), Copy(0, running.start, HEAD_SIZE)),
         entry=running.start,
         low_block=low,
-        k2_memory=_whole_blocks(RangeSet([low, region]) - RangeSet([backup]), machine),
+        k2_memory=_whole_blocks((RangeSet([low, region]) & machine.memory) - RangeSet([backup]), block),
     )
 
 
-def _whole_blocks(memory: RangeSet, machine: Machine) -> RangeSet:
-    if machine.mmu == "radix":
-        return memory
-    block = LINEAR_MAP_BLOCK["hash"]
+def _whole_blocks(memory: RangeSet, block: int) -> RangeSet:
     return RangeSet(inner for r in memory if (inner := r.align_inward(block)) is not None)
 
 
-def _mappable(machine: Machine) -> RangeSet:
+def _spare(k2_mapped: RangeSet, free: RangeSet) -> RangeSet:
+    """The last free page of each range that K2 maps, for K2's own page tables: nothing is to be loaded there."""
+    lasts = (list(RangeSet([mapped]) & free)[-1:] for mapped in k2_mapped)
+    return RangeSet(Range(last.end - PAGE, last.end) for pieces in lasts for last in pieces)
+
+
+def _mappable(machine: Machine, block: int) -> RangeSet:
     # The firmware's memory must be mapped in K2 (opal_msglog_init reads OPAL's log through the linear map), in whole blocks.
-    block = LINEAR_MAP_BLOCK["hash"] if machine.mmu == "hash" else PAGE
     return RangeSet(region.range.align_outward(block) for region in machine.firmware) & machine.memory

@@ -14,6 +14,9 @@ from crashkernel.memory import Range
 LINE = 128
 """Moves are made of whole cache lines, in bytes: the cache block of every 64-bit POWER server CPU since the 970."""
 
+MAX_MOVES = 32
+"""A table's length at most: the rows of the purgatory's parameter block (P_MOVES, purgatory.S)."""
+
 K1 = "K1"
 """The content that matters: K1's memory, named by the physical address it had when K1 died."""
 

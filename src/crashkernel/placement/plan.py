@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 from crashkernel.errors import FormatError, PlanError
 from crashkernel.machine import HEAD_SIZE, Region
 from crashkernel.memory import Range, RangeSet
-from crashkernel.placement.moves import K1, LINE, Copy, Exchange, Extent, Layout, Move, Put
+from crashkernel.placement.moves import K1, LINE, MAX_MOVES, Copy, Exchange, Extent, Layout, Move, Put
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -201,6 +201,8 @@ def check_plan(plan: LoadPlan) -> None:
                 raise PlanError(f"segment {segment.content} {segment.range} lies over {region.name!r} {region.range}")
     if {"kernel", "fdt", "elfcorehdr", "purgatory"} - {segment.content for segment in plan.segments}:
         raise PlanError("a plan needs kernel, fdt, elfcorehdr and purgatory segments")
+    if len(plan.moves) > MAX_MOVES:
+        raise PlanError(f"{len(plan.moves)} moves, the purgatory's table holds {MAX_MOVES}")
     purgatory = plan.segment("purgatory").range
     for move in plan.moves:
         touched = [Range.sized(move.dst, move.size)]
@@ -221,9 +223,17 @@ def check_plan(plan: LoadPlan) -> None:
             for region in plan.firmware:
                 if part.overlaps(region.range):
                     raise PlanError(f"a move touches {region.name!r} {region.range}: {describe_move(move)}")
-    promised = keep(plan.memory, plan.reserved, plan.segments, plan.moves, plan.k2_memory - firmware_set(plan.firmware))
-    if promised != plan.kept:
+        for segment in plan.segments:
+            written = touched if isinstance(move, Exchange) else touched[:1]
+            if segment.content != "kernel" and any(part.overlaps(segment.range) for part in written):
+                raise PlanError(f"a move writes over the {segment.content} {segment.range}: {describe_move(move)}")
+    if keep(plan.memory, plan.reserved, plan.segments, plan.moves, plan.k2_memory) != plan.kept:
         raise PlanError("where K1's memory is said to lie is not where the moves leave it")
+    running = Range.sized(plan.entry, max(plan.kernel_span, HEAD_SIZE))
+    if final_layout(plan.memory, plan.reserved, plan.segments, plan.moves).within(running) != (Extent(running, "kernel", 0),):
+        raise PlanError(f"K2 does not lie whole at its entry {plan.entry:#x} after the moves")
+    for note in plan.notes:
+        plan.locate(note)
 
 
 def loaded_layout(memory: RangeSet, reserved: Range, segments: Iterable[Segment]) -> Layout:
@@ -234,6 +244,17 @@ def loaded_layout(memory: RangeSet, reserved: Range, segments: Iterable[Segment]
     )
 
 
+def final_layout(memory: RangeSet, reserved: Range, segments: Iterable[Segment], moves: Iterable[Move]) -> Layout:
+    """Memory when K2 is entered: K1 has died, and all moves are made."""
+    segments = tuple(segments)
+    purgatory = next(segment.range for segment in segments if segment.content == "purgatory")
+    layout = loaded_layout(memory, reserved, segments)
+    layout = layout.after(Copy(0, purgatory.start, HEAD_SIZE))  # kexec_sequence, arch/powerpc/kernel/misc_64.S
+    for move in moves:
+        layout = layout.after(move)
+    return layout
+
+
 def keep(
     memory: RangeSet, reserved: Range, segments: Iterable[Segment], moves: Iterable[Move], k2_memory: RangeSet
 ) -> tuple[Kept, ...]:
@@ -241,12 +262,7 @@ def keep(
 
     :raise PlanError: bytes of K1 are lost, with their range.
     """
-    segments = tuple(segments)
-    layout = loaded_layout(memory, reserved, segments)
-    purgatory = next(segment.range for segment in segments if segment.content == "purgatory")
-    layout = layout.after(Copy(0, purgatory.start, HEAD_SIZE))  # kexec_sequence, arch/powerpc/kernel/misc_64.S
-    for move in moves:
-        layout = layout.after(move)
+    layout = final_layout(memory, reserved, segments, moves)
     kept: list[Kept] = []
     seen = RangeSet([])
     for extent in layout.locations():
@@ -259,11 +275,6 @@ def keep(
     if lost:
         raise PlanError(f"the moves lose K1's memory at {', '.join(str(r) for r in lost)}")
     return tuple(sorted(kept, key=lambda k: k.range.start))
-
-
-def firmware_set(firmware: Iterable[Region]) -> RangeSet:
-    """The firmware's memory as one set."""
-    return RangeSet(region.range for region in firmware)
 
 
 def describe_move(move: Move) -> str:

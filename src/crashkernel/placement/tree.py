@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from crashkernel.formats.fdt import DeviceTree
@@ -50,7 +51,7 @@ def capture_tree(machine: Machine, plan: LoadPlan, initrd_size: int) -> DeviceTr
 
 
 def _chosen(node: Node, plan: LoadPlan, initrd_size: int) -> Node:
-    node = node.without(*_K1_ONLY).with_property("bootargs", plan.cmdline.encode() + b"\0")
+    node = node.without(*_K1_ONLY).with_property("bootargs", os.fsencode(plan.cmdline) + b"\0")
     if initrd_size:
         start = plan.segment("initrd").range.start
         node = node.with_property("linux,initrd-start", start.to_bytes(8, "big"))

@@ -12,17 +12,15 @@ from typing import TYPE_CHECKING
 
 from crashkernel.errors import PlanError
 from crashkernel.machine import HEAD_SIZE
-from crashkernel.placement.moves import Copy, Exchange, Put
+from crashkernel.placement.moves import MAX_MOVES, Copy, Exchange, Put
 
 if TYPE_CHECKING:
     from crashkernel.placement.moves import Move
     from crashkernel.placement.plan import LoadPlan
 
 LOADED_AT_OFFSET = 0x58
-SLAVE_ENTRY = 0x60
 PARAMETERS_OFFSET = 0x800
 MAGIC = b"CRASHPRG"
-MAX_MOVES = 32
 
 # magic, fdt, entry, opal base, opal entry, timeout; expected, arrived, released, moves, partition
 _FIXED = struct.Struct(">8s QQQQQ IIIII")

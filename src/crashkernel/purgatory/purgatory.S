@@ -75,6 +75,30 @@
         le      0x4c000024              # rfid
         .endm
 
+# ---------------------------------------------------------------------------------------------- half a line
+# 64 bytes at r27 to eight registers, and from them to r26.
+        .macro  load_half
+        ld      %r7,0(%r27)
+        ld      %r8,8(%r27)
+        ld      %r9,16(%r27)
+        ld      %r10,24(%r27)
+        ld      %r11,32(%r27)
+        ld      %r12,40(%r27)
+        ld      %r14,48(%r27)
+        ld      %r15,56(%r27)
+        .endm
+
+        .macro  store_half
+        std     %r7,0(%r26)
+        std     %r8,8(%r26)
+        std     %r9,16(%r26)
+        std     %r10,24(%r26)
+        std     %r11,32(%r26)
+        std     %r12,40(%r26)
+        std     %r14,48(%r26)
+        std     %r15,56(%r26)
+        .endm
+
 # ---------------------------------------------------------------------------------------------- the head
 # These 0x100 bytes run where they were loaded (the crashing CPU) and, copied by K1, at physical 0 (all others).
 _start:
@@ -122,8 +146,9 @@ slave:
 # ---------------------------------------------------------------------------------------------- the hypervisor
 # A hypervisor counts a CPU's dispatches in that CPU's VPA, a page of K1's that K1 registered and, dying, leaves registered
 # (pseries_kexec_cpu_down, arch/powerpc/platforms/pseries/kexec.c: up to 6.1.176 no hypervisor call in a crash; 6.1.192 and
-# 7.2 take it back themselves). Where memory moves, these writes would go on into what lies there now, K2. So each CPU takes its own areas back; the VPA goes last, the hypervisor
-# keeps it while the others stand. r30 = params, r31 = physical id. Clobbers what a hypercall may: r0, r3-r12, ctr, xer, cr.
+# 7.2 take it back themselves). Where memory moves, these writes would go on into what lies there now, K2. So each CPU takes
+# its own areas back; the VPA goes last, the hypervisor keeps it while the others stand. r30 = params, r31 = physical id.
+# Clobbers what a hypercall may: r0, r3-r12, ctr, xer, cr.
 leave_hypervisor_areas:
         lwz     %r9,P_PARTITION(%r30)
         cmpwi   %r9,0
@@ -187,22 +212,8 @@ copy:
         mr      %r27,%r5
 copy_line:
         li      %r25,2                  # two halves of a line
-1:      ld      %r7,0(%r27)
-        ld      %r8,8(%r27)
-        ld      %r9,16(%r27)
-        ld      %r10,24(%r27)
-        ld      %r11,32(%r27)
-        ld      %r12,40(%r27)
-        ld      %r14,48(%r27)
-        ld      %r15,56(%r27)
-        std     %r7,0(%r26)
-        std     %r8,8(%r26)
-        std     %r9,16(%r26)
-        std     %r10,24(%r26)
-        std     %r11,32(%r26)
-        std     %r12,40(%r26)
-        std     %r14,48(%r26)
-        std     %r15,56(%r26)
+1:      load_half
+        store_half
         addi    %r26,%r26,64
         addi    %r27,%r27,64
         addic.  %r25,%r25,-1
@@ -215,14 +226,7 @@ exchange:
         mr      %r27,%r5
 exchange_line:
         li      %r25,2
-1:      ld      %r7,0(%r27)
-        ld      %r8,8(%r27)
-        ld      %r9,16(%r27)
-        ld      %r10,24(%r27)
-        ld      %r11,32(%r27)
-        ld      %r12,40(%r27)
-        ld      %r14,48(%r27)
-        ld      %r15,56(%r27)
+1:      load_half
         ld      %r16,0(%r26)
         ld      %r17,8(%r26)
         ld      %r18,16(%r26)
@@ -231,14 +235,7 @@ exchange_line:
         ld      %r21,40(%r26)
         ld      %r22,48(%r26)
         ld      %r23,56(%r26)
-        std     %r7,0(%r26)
-        std     %r8,8(%r26)
-        std     %r9,16(%r26)
-        std     %r10,24(%r26)
-        std     %r11,32(%r26)
-        std     %r12,40(%r26)
-        std     %r14,48(%r26)
-        std     %r15,56(%r26)
+        store_half
         std     %r16,0(%r27)
         std     %r17,8(%r27)
         std     %r18,16(%r27)
