@@ -283,14 +283,17 @@ class _Exited(CrashkernelError):
 
 
 async def _or_exit(awaited: Awaitable[_T], process: asyncio.subprocess.Process) -> _T:
-    task = asyncio.ensure_future(awaited)
-    gone = asyncio.ensure_future(process.wait())
-    await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-    gone.cancel()
-    if not task.done():
-        task.cancel()
-        raise _Exited(f"QEMU exited with {process.returncode}")
-    return task.result()
+    task, gone = asyncio.ensure_future(awaited), asyncio.ensure_future(process.wait())
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise _Exited(f"QEMU exited with {process.returncode}")
+        return task.result()
+    finally:
+        # also when a Ctrl-C ends the waiting: nobody else will ask what became of them
+        for future in (task, gone):
+            future.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
 
 
 def _accept(
