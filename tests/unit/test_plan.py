@@ -112,8 +112,9 @@ def check_invariants(plan: LoadPlan, found: Machine, image: KernelImage) -> None
     for mapped in plan.k2_mapped:
         if plan.k2_memory.overlaps(mapped):
             assert (free & RangeSet([mapped])).find(PAGE, PAGE), f"no page left for the page tables of {mapped}"
-    block = LINEAR_MAP_BLOCK["hash" if found.mmu == "hash" or "disable_radix" in plan.cmdline else "radix"]
-    for mapped in plan.k2_mapped:
+    # only hash is cut to whole blocks: on radix a K2 without its ragged head stood still (LINEAR_MAP_BLOCK says what was seen)
+    block = LINEAR_MAP_BLOCK["hash"]
+    for mapped in plan.k2_mapped if found.mmu == "hash" or "disable_radix" in plan.cmdline else ():
         for value in (mapped.start, mapped.end):
             assert value % block == 0 or value == max(r.end for r in found.memory), f"a ragged end at {value:#x}"
 
@@ -281,7 +282,7 @@ class TestPlacements:
     @pytest.mark.parametrize("start", [41 * MIB, 0x2FE0000, 0x81E0000])
     @pytest.mark.parametrize("span", [3 * MIB, 38 * MIB, 40 * MIB, 45 * MIB])
     def test_a_region_at_an_odd_address(self, placement, radix, start, span):
-        """What K2 is given has no ragged end, and a free page in each range."""
+        """What K2 is given has a free page in each range, and on hash no ragged end."""
         found = small_machine(memory=[memory_node(0, 512 * MIB)], radix=radix, region=Range(start, 384 * MIB + 3 * PAGE))
         plan = make_plan(found, kernel(span, MIB), placement)
         check_invariants(plan, found, kernel(span, MIB))

@@ -29,12 +29,15 @@ PURGATORY_SIZE = PAGE
 _MIB = 1 << 20
 
 LINEAR_MAP_BLOCK: dict[Mmu, int] = {"radix": 2 * _MIB, "hash": 16 * _MIB}
-"""K2's memory comes in whole blocks of the page size K2 may map it with, in bytes; a page of every range stays free.
+"""The page size K2 may map its memory with, in bytes; a page of every range of its memory stays free.
 
 Hash: htab_bolt_mapping (arch/powerpc/mm/book3s64/hash_utils.c) maps only whole linear pages, up to 16 MiB, and leaves the
 ragged ends of a range unmapped though the allocator hands them out. Radix maps ragged ends with small pages, whose page
 tables it must find inside the same range (early_alloc_pgtable). A range that K2's image fills to its ragged end stops
 K2 before its first line of output: seen with Debian 6.1, with 64 KiB at 0 and the backup right behind the image.
+
+So K2's memory is cut to whole blocks on hash, and not on radix: there a K2 whose memory began at 44 MiB of a region at 41 MiB
+came up and then stood still before its init, every time, while with the ragged head it ran. The cause is not known.
 """
 
 COMMAND_LINE_SIZE = 2048
@@ -206,7 +209,7 @@ def _reserved(machine: Machine, image: KernelImage, region: Range, firmware: Ran
     K2's slave entry at absolute 0x60 only if its head is copied there (K2 itself copies from 0x100 on).
     """
     low = Range(0, block)
-    # in whole blocks: K2 is not given, and so cannot run in, the ragged ends of the region
+    # on hash K2 is not given, and so cannot run in, the ragged ends of the region
     room = _Room(_whole_blocks(RangeSet([region]) & machine.memory, block) - firmware, machine)
     # The backup first: it is not K2's, and the rest of the region stays one range with free memory around the image.
     backup = room.take("backup of K1's low memory", low.size, low.size)
@@ -223,6 +226,8 @@ def _reserved(machine: Machine, image: KernelImage, region: Range, firmware: Ran
 
 
 def _whole_blocks(memory: RangeSet, block: int) -> RangeSet:
+    if block != LINEAR_MAP_BLOCK["hash"]:
+        return memory
     return RangeSet(inner for r in memory if (inner := r.align_inward(block)) is not None)
 
 
