@@ -42,7 +42,7 @@ _DRILL_EPILOG = """examples:
 
 A drill boots K1 in QEMU, loads K2 with `crashkernel load`, crashes K1, stops the twin at the purgatory's
 first instruction to copy its memory from outside, lets K2 save /proc/vmcore, and compares every byte of
-K1's memory. The first run downloads Debian packages (about 100 MB) and keeps them.
+K1's memory. The first run downloads Debian packages (about 60 MB a kernel) and keeps them.
 
 exit status: 0 every drill passed, 1 one failed, 2 usage, 3 this machine lacks something
 """
