@@ -53,24 +53,20 @@ def assemble(plan: LoadPlan, machine: Machine, image: KernelImage, initrd: bytes
             f"K2 is {image.byteorder}-endian and K1 {machine.byteorder}-endian: no dump would be readable",
             hint="give a capture kernel of K1's byte order",
         )
-    in_place = plan.placement == "reserved"
-    kernel = image.bytes_to_load(in_place=in_place)
+    contents: dict[str, bytes] = {
+        "kernel": image.bytes_to_load(in_place=plan.placement == "reserved"),
+        "initrd": initrd,
+        "fdt": capture_tree(machine, plan, len(initrd)).to_bytes(),
+        "elfcorehdr": core_header(plan, machine),
+    }
+    contents["purgatory"] = purgatory_bytes(plan, machine.head, contents)  # it knows the digests of all others
     payloads = []
     for segment in plan.segments:
-        size = segment.range.size
-        match segment.content:
-            case "kernel":
-                data = kernel[segment.origin : segment.origin + size]
-            case "initrd":
-                data = initrd
-            case "fdt":
-                data = capture_tree(machine, plan, len(initrd)).to_bytes()
-            case "elfcorehdr":
-                data = core_header(plan, machine)
-            case "purgatory":
-                data = purgatory_bytes(plan, machine.head)
-        if len(data) > size:
-            raise PlanError(f"the {segment.content} is {len(data)} bytes, its segment holds {size}")
+        data = contents[segment.content][segment.origin :]
+        if segment.content == "kernel":
+            data = data[: segment.range.size]  # the rest is another segment's
+        if len(data) > segment.range.size:
+            raise PlanError(f"the {segment.content} is {len(data)} bytes, its segment holds {segment.range.size}")
         payloads.append(Payload(segment, data))
     return tuple(payloads)
 

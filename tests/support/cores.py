@@ -125,7 +125,7 @@ def truth_of(plan: LoadPlan, memory: bytes, directory: Path, **changes) -> Truth
         "panic": PANIC,
         "release": RELEASE,
         "cpus": CPUS,
-        "firmware": () if plan.partition else plan.firmware,
+        "firmware": () if plan.services.kind == "papr" else plan.firmware,
         "crashed_pid": PID,
     }
     return Truth(**(settings | changes))

@@ -27,6 +27,11 @@ LAYOUT = tuple(
 )
 """Where a kernel of that release has what."""
 
+VTY = 0x71000000
+"""The unit address of the terminal of every partition here."""
+
+RTAS_TOKENS = {"system-reboot": 0x2014, "ibm,nmi-register": 0x2028}
+
 
 def u32(*values: int) -> bytes:
     return b"".join(value.to_bytes(4, "big") for value in values)
@@ -55,9 +60,16 @@ def memory_node(base: int, *sizes: int, name: str = "") -> Node:
 
 
 def cpu_node(
-    number: int, *, threads: int = 1, radix: bool = True, timebase: int | None = 512_000_000, servers: bool = True
+    number: int,
+    *,
+    threads: int = 1,
+    radix: bool = True,
+    timebase: int | None = 512_000_000,
+    servers: bool = True,
+    vectors: dict[str, int] | None = None,
 ) -> Node:
     properties = {"device_type": b"cpu\0", "reg": u32(number)}
+    properties |= {name: u32(value) for name, value in ({"ibm,vmx": 2} if vectors is None else vectors).items()}
     if timebase is not None:
         properties["timebase-frequency"] = u32(timebase)
     if servers:
@@ -86,7 +98,13 @@ def rtas_node(where: Range | None = None, *, hypervisor: bool = True) -> Node:
     properties = {"ibm,hypertas-functions": b"hcall-pft\0hcall-term\0"} if hypervisor else {}
     if where is not None:
         properties |= {"linux,rtas-base": u32(where.start), "rtas-size": u32(where.size)}
+        properties |= {"linux,rtas-entry": u32(where.start + 0x40)}
+        properties |= {name: u32(token) for name, token in RTAS_TOKENS.items()}
     return Node("rtas", properties)
+
+
+def vty_node(address: int = VTY, compatible: bytes = b"hvterm1\0") -> Node:
+    return Node(f"vty@{address:x}", {"compatible": compatible, "reg": u32(address)})
 
 
 def tree(
@@ -103,7 +121,7 @@ def tree(
     extra: list[Node] | None = None,
     properties: dict[str, bytes] | None = None,
 ) -> Node:
-    chosen: dict[str, bytes] = {"bootargs": bootargs.encode() + b"\0", "stdout-path": b"/vdevice/vty\0"}
+    chosen: dict[str, bytes] = {"bootargs": bootargs.encode() + b"\0", "stdout-path": f"/vdevice/vty@{VTY:x}\0".encode()}
     if region is not None:
         chosen |= {"linux,crashkernel-base": u64(region.start), "linux,crashkernel-size": u64(region.size)}
     if initrd is not None:
@@ -116,6 +134,8 @@ def tree(
     ]
     if platform == "pseries" or rtas is not None:
         children.append(rtas_node(rtas, hypervisor=platform == "pseries"))
+    if platform == "pseries":
+        children.append(Node("vdevice", {}, (vty_node(),)))
     if platform == "powernv":
         opal_properties = {"compatible": b"ibm,opal-v3\0"}
         if opal is not None:

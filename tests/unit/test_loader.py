@@ -2,13 +2,16 @@
 
 import ctypes
 import errno
+import functools
 import json
 import os
 import platform
 import re
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from crashkernel import loader
@@ -65,7 +68,8 @@ class TestAssemble:
         assert tree == capture_tree(found, plan, len(INITRD))
         chosen = tree.root.child("chosen")
         assert chosen.u64("linux,initrd-end") - chosen.u64("linux,initrd-start") == len(INITRD)
-        assert payloads["purgatory"].data == purgatory_bytes(plan, HEAD)
+        contents = {name: payload.data for name, payload in payloads.items() if name != "purgatory"}
+        assert payloads["purgatory"].data == purgatory_bytes(plan, HEAD, contents)
 
     @every_placement
     def test_the_core_header(self, placement):
@@ -130,6 +134,175 @@ class TestAssemble:
             assert "endian" in error.message  # noqa: PT017 - to refuse is as good
             return
         assert CoreHeader.from_bytes(header.data).byteorder == "big"
+
+
+@functools.cache
+def k1_memory(size: int) -> np.ndarray:
+    """K1's memory from 0 on; not to be written."""
+    found = np.random.default_rng(42).integers(0, 256, size, np.uint8)
+    found[: len(HEAD)] = np.frombuffer(HEAD, np.uint8)
+    found.flags.writeable = False
+    return found
+
+
+class Memory:
+    """A machine's memory as bytes, from `kexec_load` to the entry of K2, with the purgatory's rows made as it makes them.
+
+    Of the purgatory it knows what purgatory.S says of its image, and nothing of crashkernel.purgatory or of the digest's code.
+    """
+
+    def __init__(self, plan: LoadPlan, payloads: tuple[Payload, ...]) -> None:
+        self.bytes = np.zeros(max(r.end for r in plan.memory), np.uint8)
+        top = min(plan.reserved.start, 16 * MIB)  # what lies higher is not moved by any table here
+        self.k1 = k1_memory(top)
+        self.bytes[:top] = self.k1
+        for payload in payloads:
+            self.bytes[payload.segment.range.start :][: len(payload.data)] = np.frombuffer(payload.data, np.uint8)
+        self.purgatory = plan.segment("purgatory").range.start
+        self.bytes[:0x100] = self.bytes[self.purgatory :][:0x100]  # K1 dies (kexec_sequence, arch/powerpc/kernel/misc_64.S)
+
+    def read(self, at: int, size: int) -> bytes:
+        return self.bytes[at : at + size].tobytes()
+
+    def number(self, at: int) -> int:
+        return int.from_bytes(self.read(at, 8), "big")
+
+    def digest(self, at: int, size: int) -> bytes:
+        words = self.bytes[at : at + size].reshape(-1, 16, 4)
+        lanes = [zlib.crc32(words[:, lane].tobytes()) ^ 0xFFFFFFFF for lane in range(16)]
+        return b"".join(crc.to_bytes(4, "little") for crc in lanes)
+
+    def whole(self, at: int, size: int, wanted: int) -> bool:
+        return self.digest(self.purgatory + at, size) == self.read(self.purgatory + wanted, 64)
+
+    def run(self, hit: tuple[int, int] | None = None) -> tuple[list[str], int, int]:
+        """The texts of the rows that found damage, the entry of K2, and its tree.
+
+        The purgatory's own row is '': there it stops, with the row's number as the entry (-1: the first check of all).
+        `hit` is a row, and the offset in the purgatory of a byte whose lowest bit falls over right before it.
+        """
+        damaged: list[str] = []
+        if not self.whole(0, 0x6000, 0x6000):
+            return [""], -1, 0
+        for number in range(self.number(self.purgatory + 0x2018)):
+            if hit is not None and hit[0] == number:
+                self.bytes[self.purgatory + hit[1]] ^= 1
+            offset = 0x3000 + 0x100 * number
+            at = self.purgatory + offset
+            if not self.whole(0x1000, 0x1200, 0x6040) or not self.whole(offset, 0xC0, offset + 0xC0):
+                return [*damaged, ""], number, 0
+            operation, dst, src, size = (self.number(at + 8 * word) for word in range(4))
+            if operation == 4:
+                return damaged, dst, src
+            if operation == 3:
+                if self.digest(dst, size) != self.read(at + 0x20, 64):
+                    damaged.append(self.read(at + 0x60, 96).rstrip(b"\0").decode())
+                continue
+            assert operation in (1, 2)
+            arriving = self.bytes[src : src + size].copy()
+            if operation == 2:
+                self.bytes[src : src + size] = self.bytes[dst : dst + size]
+            self.bytes[dst : dst + size] = arriving
+        raise AssertionError("a table without an end")
+
+
+SETTINGS = {
+    "common": {},
+    "hash": {"radix": False},
+    "a kernel in two pieces": {"region": Range(2 * MIB, 192 * MIB)},
+    "a small kernel": {"span": 0x8000},
+}
+
+
+@pytest.fixture(params=[(p, s) for p in ("zero", "reserved") for s in SETTINGS], ids=" ".join)
+def loaded(request):
+    """A plan, its image, and what is loaded."""
+    placement, name = request.param
+    changes = dict(SETTINGS[name])
+    image = kernel(changes.pop("span", 3 * MIB))
+    found = small_machine(**changes)
+    if name == "a kernel in two pieces":
+        found = replace(found, vmcoreinfo=None, cpus=tuple(replace(cpu, note=None) for cpu in found.cpus))
+    plan = plan_load(found, image, len(INITRD), "console=hvc0", placement)
+    return plan, image, assemble(plan, found, image, INITRD)
+
+
+class TestHandover:
+    """The digests are those of what K2 will find: the loaded bytes, moved by the packed rows, answer each check."""
+
+    def test_nothing_is_damaged(self, loaded):
+        plan, image, payloads = loaded
+        memory = Memory(plan, payloads)
+        assert memory.run() == ([], plan.entry, plan.segment("fdt").range.start)
+        data = image.bytes_to_load(in_place=plan.placement == "reserved")
+        assert memory.read(plan.entry, image.span) == data.ljust(image.span, b"\0")
+        assert memory.read(0, 0x100) == data[:0x100]
+        for payload in payloads:
+            if payload.segment.content not in ("kernel", "purgatory"):
+                size = payload.segment.range.size
+                assert memory.read(payload.segment.range.start, size) == payload.data.ljust(size, b"\0")
+        for kept in plan.kept:
+            wanted = memory.k1[kept.range.start : kept.range.end].tobytes()
+            assert memory.read(kept.location, len(wanted)) == wanted
+
+    @pytest.mark.parametrize("content", ["kernel", "initrd", "fdt", "elfcorehdr", "purgatory"])
+    def test_a_bit_that_falls_over_while_k2_waits_is_told_by_its_name(self, loaded, content):
+        """Wherever in the segment. What the purgatory writes is under no digest."""
+        plan, _, payloads = loaded
+        random = np.random.default_rng(1)
+        for segment in (s for s in plan.segments if s.content == content):
+            size = 0x6000 if content == "purgatory" else segment.range.size
+            for offset in (0, 0xFF, 0x100, 0xFFF, size - 1, int(random.integers(size))):
+                memory = Memory(plan, payloads)
+                memory.bytes[segment.range.start + offset] ^= 1 << int(random.integers(8))
+                damaged, *_ = memory.run()
+                names = {line.rpartition(": ")[2] for line in damaged}
+                assert names == {"" if content == "purgatory" else content}, f"{segment} {offset:#x}"
+
+    @every_placement
+    def test_a_bit_of_the_purgatory_s_that_falls_over_later_stops_the_row_it_concerns(self, placement):
+        """In code, parameters, and K1's saved head before any row; in a row before that row is obeyed, and not sooner."""
+        found = small_machine()
+        plan = plan_load(found, kernel(), len(INITRD), "console=hvc0", placement)
+        payloads = assemble(plan, found, kernel(), INITRD)
+        rows = len(plan.moves) + 1
+        random = np.random.default_rng(2)
+        for row in (0, 2, 4, rows - 1):
+            for offset in (0x1000, 0x2018, 0x2100, 0x21FF, 0x6040, 0x607F, int(random.integers(0x1000, 0x2200))):
+                assert Memory(plan, payloads).run((row, offset)) == ([""], row, 0), f"{row} {offset:#x}"
+            for part in (0, 0x08, 0x1F, 0x20, 0x60, 0xBF, 0xC0, 0xFF):
+                assert Memory(plan, payloads).run((row, 0x3000 + 0x100 * row + part)) == ([""], row, 0), f"{row} {part:#x}"
+        assert Memory(plan, payloads).run((0, 0x3000 + 0x100 * (rows - 1))) == ([""], rows - 1, 0)
+        end = ([], plan.entry, plan.segment("fdt").range.start)
+        assert Memory(plan, payloads).run((1, 0x3000)) == end, "a row that was made is of no further use"
+        assert Memory(plan, payloads).run((1, 0x3000 + 0x100 * rows)) == end, "and one that is none never was"
+
+    def test_a_bit_of_k1_s_is_nobody_s_business(self, loaded):
+        plan, _, payloads = loaded
+        memory = Memory(plan, payloads)
+        memory.bytes[0x300:0x100000] ^= 0xFF
+        assert memory.run()[0] == []
+
+    def test_k1_s_head_is_the_saved_one(self, loaded):
+        """The one stretch of K1 that nobody can read any more when the purgatory runs."""
+        plan, _, payloads = loaded
+        memory = Memory(plan, payloads)
+        assert memory.read(0, 0x100) != HEAD
+        memory.run()
+        assert memory.read(plan.kept[0].location, 0x100) == HEAD
+
+    def test_the_purgatory_comes_last(self, monkeypatch):
+        """It is packed with the very bytes of the other payloads."""
+        seen = {}
+
+        def remember(plan, head, contents):
+            seen.update(contents)
+            return purgatory_bytes(plan, head, contents)
+
+        monkeypatch.setattr(loader, "purgatory_bytes", remember)
+        _, payloads = assembled("zero")
+        assert set(seen) == {"kernel", "initrd", "fdt", "elfcorehdr"}
+        assert all(payloads[name].data is seen[name] or payloads[name].data == seen[name] for name in seen)
 
 
 class TestRefusal:

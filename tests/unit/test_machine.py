@@ -12,12 +12,28 @@ from hypothesis import strategies as st
 
 from crashkernel.errors import CrashkernelError, EnvironmentFault, FormatError
 from crashkernel.formats.fdt import DeviceTree, Node
-from crashkernel.machine import Cpu, Lmb, Region
+from crashkernel.machine import Cpu, Lmb, Region, Services
 from crashkernel.machine.devicetree import dynamic_memory, machine_from_tree, memory_nodes, memory_ranges
 from crashkernel.machine.live import read_machine, read_tree
 from crashkernel.memory import Range, RangeSet
 from support.elfwriter import Part, write_elf
-from support.machines import GIB, HEAD, KERNEL_BASE, MIB, Block, cpu_node, drmem_node, memory_node, rtas_node, tree, u32, u64
+from support.machines import (
+    GIB,
+    HEAD,
+    KERNEL_BASE,
+    MIB,
+    RTAS_TOKENS,
+    VTY,
+    Block,
+    cpu_node,
+    drmem_node,
+    memory_node,
+    rtas_node,
+    tree,
+    u32,
+    u64,
+    vty_node,
+)
 
 QEMU = "qemu-system-ppc64"
 
@@ -238,6 +254,11 @@ class TestChosen:
             chosen["linux,crashkernel-size"] = u64(size)
         assert machine_from_tree(bare(memory_node(0, GIB), Node("chosen", chosen))).reserved is None
 
+    @pytest.mark.parametrize("base", [0, 0x800, 0x8000])
+    def test_a_region_where_k1_itself_lies(self, base):
+        with pytest.raises(FormatError, match=f"the reserved region at {base:#x} leaves K1 no page at 0"):
+            machine_from_tree(tree(region=Range.sized(base, 512 * MIB)))
+
     def test_an_initrd_that_ends_before_it_starts_is_none(self):
         chosen = {"linux,initrd-start": u64(5), "linux,initrd-end": u64(5)}
         assert machine_from_tree(bare(memory_node(0, GIB), Node("chosen", chosen))).initrd is None
@@ -278,6 +299,115 @@ class TestProcessors:
         cpus = Node("cpus", {}, (cpu_node(0).with_property("timebase-frequency", b"\xff" * 8),))
         assert machine_from_tree(bare(memory_node(0, GIB), cpus)).timebase_hz == 512_000_000
 
+    @pytest.mark.parametrize(
+        ("vectors", "altivec"),
+        [
+            ([{"ibm,vmx": 2}, {"ibm,vmx": 1}], True),
+            ([{"altivec": 1}, {"ibm,vmx": 1}], True),
+            ([{"altivec": 0, "ibm,vmx": 0}, {"ibm,vmx": 2}], False),
+            ([{"ibm,vmx": 2}, {}], False),
+            ([{}, {}], False),
+            ([{"ibm,dfp": 1}], False),
+            ([], False),
+        ],
+    )
+    def test_altivec_is_every_cpu_s_or_nobody_s(self, vectors, altivec):
+        cpus = Node("cpus", {}, tuple(cpu_node(8 * n, vectors=each) for n, each in enumerate(vectors)))
+        assert machine_from_tree(bare(memory_node(0, GIB), cpus)).altivec is altivec
+
+    def test_a_cache_has_no_altivec_and_takes_none_away(self):
+        cpus = Node("cpus", {}, (cpu_node(0), Node("l2-cache@2000", {"device_type": b"cache\0"})))
+        assert machine_from_tree(bare(memory_node(0, GIB), cpus)).altivec is True
+        assert machine_from_tree(bare(memory_node(0, GIB))).altivec is False
+
+
+class TestServices:
+    """What the purgatory may ask of the firmware."""
+
+    RTAS = Range.sized(0x2FFF0000, 0x10000)
+
+    def partition(self, *vtys: Node, chosen: dict[str, bytes] | None = None, rtas: Node | None = None) -> Services:
+        children = [memory_node(0, GIB), Node("vdevice", {}, vtys), rtas or rtas_node()]
+        if chosen is not None:
+            children.append(Node("chosen", chosen))
+        return machine_from_tree(Node("", {"#address-cells": u32(2), "#size-cells": u32(2)}, tuple(children))).services
+
+    def test_a_partition(self):
+        assert machine_from_tree(tree(rtas=self.RTAS)).services == Services(
+            "papr",
+            VTY,
+            opal=(0, 0),
+            rtas=(self.RTAS.start, self.RTAS.start + 0x40),
+            rtas_reboot=RTAS_TOKENS["system-reboot"],
+            rtas_nmi=RTAS_TOKENS["ibm,nmi-register"],
+        )
+
+    @pytest.mark.parametrize("name", RTAS_TOKENS)
+    def test_a_token_that_is_not_there(self, name):
+        found = self.partition(rtas=rtas_node(self.RTAS).without(name))
+        tokens = {"system-reboot": found.rtas_reboot, "ibm,nmi-register": found.rtas_nmi}
+        assert tokens == RTAS_TOKENS | {name: 0}
+        assert found.rtas == (self.RTAS.start, self.RTAS.start + 0x40)
+
+    def test_rtas_that_was_not_instantiated_has_no_entry(self):
+        """As firmware leaves it: tokens, and nobody to give them to."""
+        tokens = rtas_node(self.RTAS).without("linux,rtas-base", "linux,rtas-entry")
+        assert self.partition(vty_node(), rtas=tokens) == Services("papr", VTY)
+
+    @pytest.mark.parametrize("name", ["stdout-path", "linux,stdout-path"])
+    @pytest.mark.parametrize("named", [0x30000000, 0x30000001, 0x30000002])
+    def test_the_terminal_that_chosen_names(self, name, named):
+        vtys = [vty_node(address) for address in (0x30000001, 0x30000000, 0x30000002)]
+        chosen = {name: f"/vdevice/vty@{named:x}\0".encode()}
+        assert self.partition(*vtys, chosen=chosen).console == named
+
+    @pytest.mark.parametrize("chosen", [None, {}, {"stdout-path": b""}, {"stdout-path": b"/pci/serial\0"}])
+    def test_without_a_name_it_is_the_first(self, chosen):
+        assert self.partition(vty_node(0x30000001), vty_node(0x30000000), chosen=chosen).console == 0x30000000
+
+    def test_a_terminal_that_wants_packets_is_none(self):
+        packets = vty_node(0x30000000, b"hvterm-protocol\0")
+        chosen = {"stdout-path": b"/vdevice/vty@30000000\0"}
+        assert self.partition(packets, chosen=chosen).console is None
+        assert self.partition(packets, vty_node(0x30000001), chosen=chosen).console == 0x30000001
+
+    def test_one_that_is_compatible_among_others(self):
+        assert self.partition(vty_node(0x30000000, b"qemu,vty\0hvterm1\0")).console == 0x30000000
+        assert self.partition(vty_node(0x30000000, b"hvterm10\0xhvterm1\0")).console is None
+
+    def test_a_terminal_at_zero_is_one(self):
+        assert self.partition(vty_node(0)).console == 0
+        assert self.partition().console is None
+
+    def opal(self, *consoles: Node, entry: bool = True) -> Services:
+        properties = {"opal-base-address": u64(0x30000000), "opal-runtime-size": u64(0x2000000)}
+        if entry:
+            properties["opal-entry-address"] = u64(0x30000810)
+        node = Node("ibm,opal", properties, (Node("consoles", {}, consoles),) if consoles else ())
+        return machine_from_tree(tree(platform="none", rtas=self.RTAS, extra=[node])).services
+
+    def test_bare_metal(self):
+        """Its RTAS, if it has one, is not asked; a console that is not named has the number 0."""
+        assert self.opal() == Services("opal", 0, opal=(0x30000000, 0x30000810))
+
+    @pytest.mark.parametrize(("numbers", "console"), [([0], 0), ([1], 1), ([2, 1, 3], 1), ([0, 1], 0)])
+    def test_the_consoles_of_bare_metal(self, numbers, console):
+        assert self.opal(*(Node(f"serial@{number}", {"reg": u32(number)}) for number in numbers)).console == console
+
+    def test_bare_metal_whose_opal_has_no_entry(self):
+        assert self.opal(Node("serial@0", {"reg": u32(0)}), entry=False) == Services()
+
+    @pytest.mark.parametrize("name", ["linux,rtas-entry", *RTAS_TOKENS])
+    def test_numbers_that_the_purgatory_has_no_room_for(self, name):
+        with pytest.raises(FormatError, match=f"rtas: {name} reaches beyond 64 bits"):
+            self.partition(rtas=rtas_node(self.RTAS).with_property(name, u64(1, 0)))
+
+    def test_a_terminal_that_the_purgatory_has_no_room_for(self):
+        with pytest.raises(FormatError, match="vty@71000000: reg reaches beyond 64 bits"):
+            self.partition(vty_node().with_property("reg", u64(1, 0)))
+        with pytest.raises(FormatError, match="serial: reg reaches beyond 64 bits"):
+            self.opal(Node("serial", {"reg": u64(1, 0)}))
+
 
 class TestHostile:
     @given(st.data())
@@ -292,14 +422,28 @@ class TestHostile:
             "linux,tce-size",
             "linux,initrd-start",
         ]
-        values = st.binary(max_size=20) | st.sampled_from((b"memory\0", b"cpu\0", u32(2), u32(0xFFFFFFFF), u64(0, GIB)))
+        names += ["linux,rtas-entry", "system-reboot", "opal-entry-address", "compatible", "stdout-path", "ibm,vmx"]
+        values = st.binary(max_size=20) | st.sampled_from(
+            (b"memory\0", b"cpu\0", b"hvterm1\0", u32(2), u32(0xFFFFFFFF), u64(0, GIB))
+        )
         properties = st.dictionaries(st.sampled_from(names), values, max_size=6)
-        kinds = ["memory@0", "cpus", "chosen", "rtas", "ibm,opal", "reserved-memory", "ibm,dynamic-reconfiguration-memory"]
+        kinds = [
+            "memory@0",
+            "cpus",
+            "chosen",
+            "rtas",
+            "ibm,opal",
+            "reserved-memory",
+            "ibm,dynamic-reconfiguration-memory",
+            "consoles",
+        ]
         leaf = st.builds(Node, st.sampled_from(kinds), properties)
         nodes = st.builds(Node, st.sampled_from(kinds), properties, st.lists(leaf, max_size=2).map(tuple))
         root = data.draw(st.builds(Node, st.just(""), properties, st.lists(nodes, max_size=5).map(tuple)))
         with contextlib.suppress(FormatError):
-            machine_from_tree(root)
+            found = machine_from_tree(root).services
+            numbers = (found.console or 0, *found.opal, *found.rtas, found.rtas_reboot, found.rtas_nmi)
+            assert max(numbers) < 1 << 64
 
 
 def dump_tree(tmp_path, *arguments: str) -> Node:
@@ -329,6 +473,8 @@ class TestCaptured:
         assert found.real_mode.size <= platform_memory
         assert found.timebase_hz == 512_000_000
         assert found.reserved is None
+        assert found.altivec is True
+        assert found.services == Services("papr"), "no terminal was asked for; RTAS is for K1's boot code to place"
         assert "QEMU" in found.model or "pSeries" in found.model
 
     def test_the_rma_of_a_machine_with_numa_nodes(self, tmp_path):
@@ -338,6 +484,20 @@ class TestCaptured:
         found = machine_from_tree(dump_tree(tmp_path, "pseries", *arguments))
         assert found.memory == RangeSet([Range(0, 2 * GIB)])
         assert found.real_mode == Range(0, GIB)
+
+    @pytest.mark.parametrize("addresses", [(0x30000000,), (0x30005000, 0x30002000, 0x30003000)])
+    def test_the_terminals_of_a_partition(self, tmp_path, addresses):
+        """QEMU names its lowest one in /chosen, in both spellings."""
+        arguments = []
+        for address in addresses:
+            arguments += ["-chardev", f"null,id=c{address}", "-device", f"spapr-vty,chardev=c{address},reg={address}"]
+        root = dump_tree(tmp_path, "pseries", "-cpu", "POWER9", *arguments)
+        assert machine_from_tree(root).services == Services("papr", min(addresses))
+        names = {"stdout-path", "linux,stdout-path"} & set(root.child("chosen").properties)
+        assert names
+        other = root.child("chosen").without(*names).with_property("stdout-path", f"/vdevice/vty@{addresses[0]:x}\0".encode())
+        named = root.with_children([other if node.name == "chosen" else node for node in root.children])
+        assert machine_from_tree(named).services.console == addresses[0]
 
     @pytest.mark.parametrize(("machine", "memory"), [("powernv8", 1 << 30), ("powernv9", 2 << 30), ("powernv10", 2 << 30)])
     def test_powernv(self, tmp_path, machine, memory):
@@ -407,6 +567,8 @@ class TestLive:
         assert found.byteorder == sys.byteorder
         assert found.page_size == os.sysconf("SC_PAGESIZE")
         assert found.release == "6.1.0-49-powerpc64le"
+        assert found.altivec is True
+        assert found.services == Services("papr", VTY)
 
     def test_the_tree_of_a_directory_is_the_tree(self, host):
         written = tree(region=host.region, cpus=2)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from crashkernel.machine import HEAD_SIZE
 from crashkernel.memory import Range
-from crashkernel.placement.moves import K1, LINE, Copy, Exchange, Extent, Layout, Put
+from crashkernel.placement.moves import K1, LINE, Check, Copy, Exchange, Extent, Layout, Put
 
 SIZE = 48
 CONTENTS = (K1, "kernel", "free")
@@ -51,16 +51,20 @@ def two_places(draw: st.DrawFn) -> tuple[int, int, int]:
 
 copies = two_places().map(lambda place: Copy(*place))
 exchanges = two_places().map(lambda place: Exchange(*place))
-puts = st.integers(1, SIZE).flatmap(lambda size: st.builds(Put, st.integers(0, SIZE - size), st.just(size)))
-any_move = copies | exchanges | puts
+stretches = st.integers(1, SIZE).flatmap(lambda size: st.tuples(st.integers(0, SIZE - size), st.just(size)))
+puts = st.builds(lambda place, origin: Put(place[0], origin, place[1]), stretches, st.integers(0, 2 * SIZE))
+checks = stretches.map(lambda place: Check(*place))
+any_move = copies | exchanges | puts | checks
 
 
-def make(memory: Memory, move: Copy | Exchange | Put) -> Memory:
+def make(memory: Memory, move: Copy | Exchange | Put | Check) -> Memory:
     """Really move: what the purgatory's loops do."""
     after = list(memory)
+    if isinstance(move, Check):
+        return after
     dst = slice(move.dst, move.dst + move.size)
     if isinstance(move, Put):
-        after[dst] = [(K1, at) for at in range(dst.start, dst.stop)]
+        after[dst] = [(K1, move.origin + at) for at in range(move.size)]
         return after
     src = slice(move.src, move.src + move.size)
     after[dst] = memory[src]
@@ -83,6 +87,18 @@ class TestAgainstBytes:
         assert layout.after(move).after(move) == layout
         assert layout.after(move).after(Exchange(move.src, move.dst, move.size)) == layout
 
+    @given(memories(), checks)
+    def test_a_check_moves_nothing(self, memory, move):
+        layout = layout_of(memory)
+        assert layout.after(move) is layout
+        assert move.range == Range.sized(move.at, move.size)
+
+    @given(memories(), puts)
+    def test_a_put_brings_k1_s_bytes_by_their_own_address(self, memory, move):
+        layout = layout_of(memory).after(move)
+        (extent,) = layout.within(Range.sized(move.dst, move.size))
+        assert (extent.content, extent.source) == (K1, Range.sized(move.origin, move.size))
+
     @given(memories(), st.lists(exchanges, max_size=6))
     def test_exchanges_lose_nothing(self, memory, moves):
         layout = layout_of(memory)
@@ -92,7 +108,7 @@ class TestAgainstBytes:
 
     @given(memories(), any_move)
     def test_what_no_move_touches_stays(self, memory, move):
-        touched = [Range.sized(move.dst, move.size)]
+        touched = [Range.sized(move.dst, move.size)] if not isinstance(move, Check) else []
         if isinstance(move, Exchange):
             touched.append(Range.sized(move.src, move.size))
         after = bytes_of(layout_of(memory).after(move))
@@ -127,6 +143,48 @@ class TestAgainstBytes:
         assert [(e.content, e.origin + at) for e in seen for at in range(e.location.size)] == memory[window.start : window.end]
 
 
+def at_all(ranges: tuple[Range, ...]) -> list[int]:
+    """The places in these stretches, each as often as they name it."""
+    return sorted(at for r in ranges for at in range(r.start, r.end))
+
+
+class TestReadAndWritten:
+    """What a row says of itself, held against what the naive model really reads and writes."""
+
+    @given(any_move)
+    def test_written_is_what_changes(self, move):
+        """Exactly: no byte of this memory is like another, or like one that a put brings."""
+        memory = [("free", 1000 + at) for at in range(SIZE)]
+        after = make(memory, move)
+        assert [at for at in range(SIZE) if after[at] != memory[at]] == at_all(move.written)
+
+    @given(memories(), any_move)
+    def test_what_is_written_depends_on_what_is_read_alone(self, memory, move):
+        read = set(at_all(move.read))
+        other = [memory[at] if at in read else ("elsewhere", at) for at in range(SIZE)]
+        written = at_all(move.written)
+        assert [make(memory, move)[at] for at in written] == [make(other, move)[at] for at in written]
+
+    @given(copies | exchanges)
+    def test_what_is_read_is_what_arrives(self, move):
+        memory = [("free", 1000 + at) for at in range(SIZE)]
+        after = make(memory, move)
+        assert sorted(after[at] for at in at_all(move.written)) == [memory[at] for at in at_all(move.read)]
+
+    @pytest.mark.parametrize(
+        ("move", "read", "written"),
+        [
+            (Copy(0x100, 0x800, 0x80), (Range(0x800, 0x880),), (Range(0x100, 0x180),)),
+            (Exchange(0x100, 0x800, 0x80), *[(Range(0x100, 0x180), Range(0x800, 0x880))] * 2),
+            (Put(0x100, 0x80, 0x80), (), (Range(0x100, 0x180),)),
+            (Check(0x100, 0x80), (Range(0x100, 0x180),), ()),
+        ],
+        ids=lambda value: type(value).__name__.lower() if not isinstance(value, tuple) else "",
+    )
+    def test_each_kind_of_row(self, move, read, written):
+        assert (move.read, move.written) == (read, written)
+
+
 class TestWithHoles:
     def test_a_hole_stays_a_hole(self):
         layout = Layout.of([Extent(Range(0, 8), K1, 0), Extent(Range(16, 24), K1, 16)])
@@ -148,7 +206,7 @@ def test_the_exchange_of_the_2005_mail():
     layout = Layout.of([Extent(Range(0, 0x4000), K1, 0), Extent(k2, "kernel", 0)])
     layout = layout.after(Copy(0, 0x4000, HEAD_SIZE))  # K1 dies: its first bytes are overwritten
     assert Extent(Range(0, HEAD_SIZE), "kernel", 0) in layout.extents
-    layout = layout.after(Put(0, HEAD_SIZE)).after(Exchange(0, k2.start, k1.size))
+    layout = layout.after(Put(0, 0, HEAD_SIZE)).after(Exchange(0, k2.start, k1.size))
     assert layout.extents == (
         Extent(k1, "kernel", 0),
         Extent(Range(0x1000, 0x4000), K1, 0x1000),

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 
 from crashkernel.errors import CrashkernelError, FormatError, PlanError
 from crashkernel.formats.fdt import DeviceTree, Node
-from crashkernel.machine import HEAD_SIZE, Machine, Region
+from crashkernel.machine import HEAD_SIZE, Machine, Region, Services
 from crashkernel.machine.devicetree import DYNAMIC_MEMORY_NODE, dynamic_memory, memory_ranges
 from crashkernel.memory import Range, RangeSet, align_up
-from crashkernel.placement import EARLY_ALLOCATIONS, LINEAR_MAP_BLOCK, PAGE, plan_load
+from crashkernel.placement import EARLY_ALLOCATIONS, LINEAR_MAP_BLOCK, PAGE, _reachable, plan_load
 from crashkernel.placement.image import KernelImage
-from crashkernel.placement.moves import K1, LINE, MAX_MOVES, Copy, Exchange, Put
-from crashkernel.placement.plan import PLACEMENTS, LoadPlan, describe_move
+from crashkernel.placement.moves import K1, LINE, MAX_MOVES, Check, Copy, Exchange, Put
+from crashkernel.placement.plan import DAMAGE_POLICIES, PLACEMENTS, LoadPlan, describe_move
+from crashkernel.placement.tables import LOW_PAGE, PURGATORY_SPAN, SAVE_OFFSET
 from crashkernel.placement.tree import capture_tree
 from crashkernel.purgatory import pack
 from support.machines import (
@@ -26,6 +27,8 @@ from support.machines import (
     HEAD,
     LAYOUT,
     MIB,
+    RTAS_TOKENS,
+    VTY,
     Block,
     drmem_node,
     kernel,
@@ -122,13 +125,68 @@ def check_invariants(plan: LoadPlan, found: Machine, image: KernelImage) -> None
     assert plan.k2_memory.covers(needed)
     assert not any(s.range.overlaps(needed) for s in plan.segments if s.content != "kernel"), "K2's early allocator needs it"
 
-    touched = [Range.sized(m.dst, m.size) for m in plan.moves]
-    touched += [Range.sized(m.src, m.size) for m in plan.moves if not isinstance(m, Put)]
     quiet = RangeSet(s.range for s in plan.segments if s.content != "kernel")
-    assert not RangeSet(touched) & firmware
-    assert not RangeSet(touched) & quiet, "a move destroys what was loaded"
+    quiet -= RangeSet([Range.sized(plan.segment("purgatory").range.start + SAVE_OFFSET, LOW_PAGE)])
+    written = RangeSet(r for move in plan.moves for r in writes(move))
+    assert not (written | RangeSet(reads(move) for move in plan.moves)) & firmware
+    assert not written & quiet, "a move destroys what was loaded"
     assert len(plan.moves) <= MAX_MOVES
-    assert pack(0, plan.moves, HEAD, fdt=0, entry=0)
+    assert pack_any(plan)
+
+    # what is taken from row 3 on finds the purgatory's vectors
+    purgatory = plan.segment("purgatory").range
+    assert purgatory.size >= PURGATORY_SPAN
+    assert plan.moves[1] == Copy(0, purgatory.start, LOW_PAGE)
+
+    # every byte that was loaded for K2 is checked where K2 finds it, and stays as it was checked
+    checked = checked_at_last(plan)
+    assert checked.covers(Range.sized(plan.entry, align_up(image.span, PAGE))), "K2 is not checked"
+    assert checked.covers(Range(0, HEAD_SIZE)), "K2's slave entry is not checked"
+    assert not checked - plan.k2_memory, "a check of what is not K2's"
+
+
+def check_every_row(plan: LoadPlan) -> None:
+    """Wherever a handover ends, all of K1 is in memory: its head in the purgatory's image until it is put."""
+    (put,) = (number for number, move in enumerate(plan.moves) if isinstance(move, Put))
+    for done, (name, layout) in enumerate(plan.stages()[1:]):
+        somewhere = RangeSet(extent.source for extent in layout.locations())
+        assert somewhere == plan.k1_memory - RangeSet([Range(0, HEAD_SIZE)] if done <= put else []), f"K1 is lost: {name}"
+
+
+def checked_at_last(plan: LoadPlan) -> RangeSet:
+    """What is checked and not written any more, which must hold all that K2 is handed."""
+    checked = RangeSet([])
+    for move in plan.moves:
+        checked = checked | RangeSet([move.range]) if isinstance(move, Check) else checked - RangeSet(writes(move))
+    for segment in plan.segments:
+        if segment.content in ("initrd", "fdt", "elfcorehdr"):
+            assert checked.covers(segment.range), f"the {segment.content} is not checked"
+    assert checked.covers(Range.sized(plan.entry, plan.kernel_span)), "K2 is not checked"
+    return checked
+
+
+def writes(move: Copy | Exchange | Put | Check) -> list[Range]:
+    if isinstance(move, Check):
+        return []
+    found = [Range.sized(move.dst, move.size)]
+    return [*found, Range.sized(move.src, move.size)] if isinstance(move, Exchange) else found
+
+
+def reads(move: Copy | Exchange | Put | Check) -> Range:
+    """What a move reads, its destination where it reads none."""
+    if isinstance(move, Check):
+        return move.range
+    return Range.sized(move.dst if isinstance(move, Put) else move.src, move.size)
+
+
+def pack_any(plan: LoadPlan) -> bytes:
+    """The purgatory for a plan, whatever its checks are to find."""
+    expected = [("?", bytes(64)) for move in plan.moves if isinstance(move, Check)]
+    return pack(
+        plan.segment("purgatory").range.start, plan.moves, HEAD, fdt=plan.segment("fdt").range.start, entry=plan.entry,
+        expected=expected, services=plan.services, altivec=plan.altivec, slaves=plan.slaves, slave_timeout=plan.slave_timeout,
+        on_damage=plan.on_damage,
+    )  # fmt: skip
 
 
 def simulate(plan: LoadPlan) -> np.ndarray:
@@ -144,9 +202,11 @@ def simulate(plan: LoadPlan) -> np.ndarray:
             memory[at : at + count] = -2 - np.arange(segment.origin // LINE, segment.origin // LINE + count)
     memory[: HEAD_SIZE // LINE] = -1  # kexec_sequence: the purgatory's head
     for move in plan.moves:
+        if isinstance(move, Check):
+            continue
         dst = slice(move.dst // LINE, (move.dst + move.size) // LINE)
         if isinstance(move, Put):
-            memory[dst] = np.arange(dst.start, dst.stop)
+            memory[dst] = np.arange(move.origin // LINE, (move.origin + move.size) // LINE)
             continue
         src = slice(move.src // LINE, (move.src + move.size) // LINE)
         arriving = memory[src].copy()
@@ -203,11 +263,14 @@ class TestPlacements:
         found = small_machine(radix=radix)
         plan = small_plan(placement, radix=radix)
         check_invariants(plan, found, kernel())
+        check_every_row(plan)
         assert plan.placement == placement
-        assert plan.partition is True
         assert plan.slaves == 1
         assert plan.slave_timeout == 10 * 512_000_000
-        assert plan.opal == (0, 0)
+        assert plan.services == found.services
+        assert (plan.services.console, plan.services.rtas_reboot) == (VTY, RTAS_TOKENS["system-reboot"])
+        assert plan.altivec is True
+        assert plan.on_damage == "reboot"
         assert plan.kernel == "6.1.0-test"
         header = plan.segment("elfcorehdr").range.start
         assert plan.cmdline == f"console=hvc0 elfcorehdr={header // 1024}K"
@@ -218,7 +281,19 @@ class TestPlacements:
         plan = small_plan("zero")
         low = align_up(3 * MIB + EARLY_ALLOCATIONS, LINEAR_MAP_BLOCK["radix"])
         parked = plan.segment("kernel").range
-        assert plan.moves == (Put(0, HEAD_SIZE), Exchange(0, parked.start, low))
+        purgatory = plan.segment("purgatory").range.start
+        checked = [plan.segment(content).range for content in ("elfcorehdr", "fdt", "initrd")]
+        assert plan.moves == (
+            Copy(purgatory + SAVE_OFFSET, 0, LOW_PAGE),
+            Copy(0, purgatory, LOW_PAGE),
+            Exchange(purgatory + SAVE_OFFSET, parked.start, LOW_PAGE),
+            Put(parked.start, 0, HEAD_SIZE),
+            Exchange(LOW_PAGE, parked.start + LOW_PAGE, low - LOW_PAGE),
+            *(Check(r.start, r.size) for r in checked),
+            Check(LOW_PAGE, low - LOW_PAGE),
+            Copy(0, purgatory + SAVE_OFFSET, LOW_PAGE),
+            Check(0, LOW_PAGE),
+        )
         assert plan.entry == 0
         assert plan.kept[0].range == Range(0, low)
         assert plan.kept[0].location == parked.start
@@ -226,21 +301,61 @@ class TestPlacements:
 
     def test_reserved_is_a_backup(self):
         plan = small_plan("reserved")
-        running = plan.segment("kernel").range.start
+        running = plan.segment("kernel").range
         backup = plan.kept[0].location
         low = LINEAR_MAP_BLOCK["radix"]
-        assert plan.moves == (Put(0, HEAD_SIZE), Copy(backup, 0, low), Copy(0, running, HEAD_SIZE))
-        assert plan.entry == running
+        checked = [plan.segment(content).range for content in ("elfcorehdr", "fdt", "initrd", "kernel")]
+        assert plan.moves == (
+            Copy(backup, 0, LOW_PAGE),
+            Copy(0, plan.segment("purgatory").range.start, LOW_PAGE),
+            Put(backup, 0, HEAD_SIZE),
+            Copy(backup + LOW_PAGE, LOW_PAGE, low - LOW_PAGE),
+            *(Check(r.start, r.size) for r in checked),
+            Copy(0, running.start, HEAD_SIZE),
+            Check(0, HEAD_SIZE),
+        )
+        assert plan.entry == running.start
         assert plan.kept[0].range == Range(0, low)
 
     def test_bare_metal_gives_its_cpus_to_opal(self):
         opal = Range.sized(160 * MIB, 2 * MIB)
         plan = small_plan("reserved", platform="powernv", opal=opal, rtas=None, cpus=4)
         assert plan.slaves == 0
-        assert plan.partition is False
-        assert plan.opal == (opal.start, opal.start + 0x4E0)
+        assert plan.services == Services("opal", 0, opal=(opal.start, opal.start + 0x4E0))
         assert plan.k2_mapped.covers(opal), "K2 reads OPAL's log"
         assert not plan.k2_memory.overlaps(opal)
+
+    @every_placement
+    @pytest.mark.parametrize("policy", DAMAGE_POLICIES)
+    def test_what_to_do_about_damage_is_the_caller_s(self, placement, policy):
+        plan = plan_load(small_machine(), kernel(), 0, "", placement, policy)
+        assert plan.on_damage == policy
+        assert replace(plan, on_damage="reboot") == plan_load(small_machine(), kernel(), 0, "", placement)
+
+    @pytest.mark.parametrize("vectors", [{}, {"ibm,vmx": 1}])
+    def test_altivec_is_the_machine_s(self, vectors):
+        found = replace(small_machine(), altivec=bool(vectors))
+        assert make_plan(found, kernel(), "zero").altivec is bool(vectors)
+
+    @pytest.mark.parametrize(("start", "reachable"), [(3 * GIB, True), (4 * GIB - 16 * MIB, False), (4 * GIB, False)])
+    def test_rtas_is_not_called_from_where_it_cannot_answer(self, start, reachable):
+        """It runs in 32-bit mode: its arguments, which lie in the purgatory, must be below 4 GiB."""
+        # the image takes what is left below 4 GiB, so that the purgatory comes to lie above
+        found = small_machine(
+            memory=[memory_node(0, 8 * GIB)], region=Range.sized(start, 256 * MIB), rtas=Range(GIB, GIB + PAGE)
+        )
+        plan = make_plan(found, kernel(14 * MIB, MIB), "zero")
+        assert (plan.segment("purgatory").range.end <= 4 * GIB) is reachable
+        services = plan.services if reachable else replace(plan.services, **tokens(found.services))
+        assert services == found.services
+        assert (plan.services.rtas_reboot, plan.services.rtas_nmi) == (tuple(RTAS_TOKENS.values()) if reachable else (0, 0))
+        assert plan.services.console == VTY, "a hypercall's arguments are in registers"
+
+    def test_a_purgatory_that_ends_at_4_gib(self):
+        found = Services("papr", 1, rtas=(0x1000, 0x1040), rtas_reboot=2, rtas_nmi=3)
+        for end, kept in ((4 * GIB, True), (4 * GIB + PAGE, False), (5 * GIB, False)):
+            now = _reachable(found, Range(end - PAGE, end))
+            assert now == (found if kept else replace(found, rtas_reboot=0, rtas_nmi=0))
 
     def test_the_layout_is_known_only_of_the_kernel_that_runs(self):
         assert small_plan().k1_layout == LAYOUT
@@ -286,6 +401,7 @@ class TestPlacements:
         found = small_machine(memory=[memory_node(0, 512 * MIB)], radix=radix, region=Range(start, 384 * MIB + 3 * PAGE))
         plan = make_plan(found, kernel(span, MIB), placement)
         check_invariants(plan, found, kernel(span, MIB))
+        check_every_row(plan)
 
     @every_placement
     def test_what_is_loaded_never_fills_a_range(self, placement):
@@ -328,7 +444,7 @@ class TestPlacements:
         found = small_machine(radix=radix, region=Range(start, 200 * MIB))
         plan = make_plan(found, kernel(span, MIB), "zero")
         head, tail = (s for s in plan.segments if s.content == "kernel")
-        assert plan.moves[1] == Exchange(0, head.range.start, start)
+        assert exchange(plan) == Exchange(LOW_PAGE, head.range.start + LOW_PAGE, start - LOW_PAGE)
         assert head.range.size == start
         assert tail.range == Range(start, align_up(span, PAGE))
         assert tail.origin == start
@@ -338,7 +454,7 @@ class TestPlacements:
         found = small_machine(region=Range(32 * MIB, 200 * MIB))
         plan = make_plan(found, kernel(32 * MIB, MIB), "zero")
         assert len([s for s in plan.segments if s.content == "kernel"]) == 1
-        assert plan.moves[1].size == 32 * MIB
+        assert exchange(plan).size == 32 * MIB - LOW_PAGE
 
     def test_hash_gets_whole_16_mib_blocks(self):
         found = small_machine(radix=False, region=Range(64 * MIB + 3 * PAGE, 192 * MIB + 5 * PAGE), rtas=None)
@@ -361,10 +477,10 @@ class TestPlacements:
         names = [name for name, _ in plan.stages()]
         layouts = [layout for _, layout in plan.stages()]
         assert len(names) == 2 + len(plan.moves)
-        assert "move 2 of 2: exchange" in names[-1]
-        assert layouts[1].extents[0].content == "purgatory"
-        assert layouts[2].extents[0].content == K1
-        assert layouts[3].extents[0].content == "kernel"
+        assert "move 5 of 11: exchange" in names[6]
+        assert "move 11 of 11: check 0x0-0x1000" in names[-1]
+        assert [layout.extents[0].content for layout in layouts] == [K1, *["purgatory"] * 10, *["kernel"] * 2]
+        assert layouts[-1].extents[0].location.end == plan.kept[1].location
         # what is kept is what the last picture shows
         shown = [e for e in layouts[-1].locations() if e.location.start == plan.kept[0].location]
         assert shown[0].source.start == 0
@@ -372,7 +488,9 @@ class TestPlacements:
     @pytest.mark.parametrize(
         ("move", "line"),
         [
-            (Put(0, 0x100), "put K1's own bytes back at 0x0-0x100"),
+            (Put(0, 0, 0x100), "put K1's first bytes at 0x0-0x100"),
+            (Put(0x4000, 0x80, 0x80), "put K1's first bytes at 0x4000-0x4080"),
+            (Check(0x1000, 0x40), "check 0x1000-0x1040"),
             (Copy(0x1000, 0x2000, 0x80), "copy 0x2000-0x2080 to 0x1000-0x1080"),
             (Exchange(0, 0x2000, 0x80), "exchange 0x0-0x80 with 0x2000-0x2080"),
         ],
@@ -586,7 +704,21 @@ def segment(raw: dict, content: str) -> dict:
 
 def over(raw: dict, kind: str, content: str) -> dict[str, str]:
     """A move of a line of K1's over what was loaded."""
-    return {"move": kind, "dst": segment(raw, content)["range"].split("-")[0], "src": "0x1000000", "size": "0x80"}
+    where = segment(raw, content)["range"].split("-")[0]
+    return {"move": kind, "dst": where, "src": "0x1000000", "origin": "0x0", "size": "0x80"}
+
+
+THERE_AND_BACK = {"move": "exchange", "dst": "0x1000000", "src": "0x1000", "size": "0x80"}
+"""Made twice, it leaves everything where it was, and what it took along unchecked."""
+
+
+def check(at: str, size: str) -> dict[str, str]:
+    return {"move": "check", "at": at, "size": size}
+
+
+def at_saved(distance: int, size: int) -> dict[str, str]:
+    """A copy of K1's memory to the page that the purgatory leaves alone, or so many bytes off."""
+    return {"move": "copy", "dst": hex(0x4600000 + SAVE_OFFSET + distance), "src": "0x1000000", "size": hex(size)}
 
 
 def exchange_with(raw: dict, content: str) -> None:
@@ -616,7 +748,21 @@ class TestJson:
 
     @pytest.mark.parametrize(
         "text",
-        ["", "null", "[]", "{}", '"plan"', "1", "{", "[" * 100_000, '{"format":' * 100_000, "9" * 5000, "NaN", '{"format": 2}'],
+        [
+            "",
+            "null",
+            "[]",
+            "{}",
+            '"plan"',
+            "1",
+            "{",
+            "[" * 100_000,
+            '{"format":' * 100_000,
+            "9" * 5000,
+            "NaN",
+            '{"format": 2}',
+            '{"format": 1}',
+        ],
         ids=lambda text: text[:12] or "empty",
     )
     def test_not_a_plan(self, text):
@@ -636,36 +782,102 @@ class TestJson:
             (lambda raw: raw["segments"].remove(segment(raw, "purgatory")), "needs kernel, fdt"),
             (lambda raw: raw["segments"].remove(segment(raw, "kernel")), "needs kernel, fdt"),
             (lambda raw: raw.update(segments=[]), "needs kernel, fdt"),
-            (lambda raw: raw["moves"][1].update(src="0xa000000", size="0x10000"), "touches 'RTAS'"),
-            (lambda raw: raw["moves"][1].update(src="0x100000000", size="0x10000"), "which is no memory"),
-            (lambda raw: raw["moves"][1].update(src=segment(raw, "purgatory")["range"].split("-")[0]), "touches the purgatory"),
+            (lambda raw: raw["moves"][4].update(src="0xa000000", size="0x10000"), "touches 'RTAS'"),
+            (lambda raw: raw["moves"][4].update(src="0x100000000", size="0x10000"), "which is no memory"),
+            (lambda raw: raw["moves"].append(check("0xa000000", "0x80")), "touches 'RTAS'"),
+            (lambda raw: raw["moves"].append(check("0x100000000", "0x80")), "which is no memory"),
+            (lambda raw: exchange_with(raw, "purgatory"), "a move writes over the purgatory that makes it"),
+            (lambda raw: raw["moves"].append(over(raw, "copy", "purgatory")), "over the purgatory that makes it: 0x4600000-"),
+            (lambda raw: raw["moves"].append(over(raw, "put", "purgatory")), "over the purgatory that makes it: 0x4600000-"),
+            (lambda raw: raw["moves"].append(at_saved(-0x80, 0x100)), "over the purgatory that makes it: 0x4606f80-0x4607080"),
+            (lambda raw: raw["moves"].append(at_saved(0xF80, 0x100)), "over the purgatory that makes it: 0x4607f80-0x4608080"),
+            (lambda raw: raw["moves"].append(at_saved(-0x7080, 0x10100)), "that makes it: 0x45fff80-0x4610080"),
             (lambda raw: exchange_with(raw, "elfcorehdr"), "a move writes over the elfcorehdr"),
             (lambda raw: exchange_with(raw, "fdt"), "a move writes over the fdt"),
             (lambda raw: exchange_with(raw, "initrd"), "a move writes over the initrd"),
             (lambda raw: raw["moves"].append(over(raw, "copy", "initrd")), "a move writes over the initrd"),
-            (lambda raw: raw["moves"].extend([raw["moves"][0]] * 31), "33 moves, the purgatory's table holds 32"),
+            (lambda raw: raw["moves"].append(over(raw, "put", "fdt")), "a move writes over the fdt"),
+            (lambda raw: raw["moves"].extend([raw["moves"][0]] * 21), "32 moves, the purgatory's table holds 31"),
             (lambda raw: raw.update(entry="0x80"), "does not lie whole at its entry 0x80"),
             (lambda raw: raw.update(entry="0x1000000"), "does not lie whole at its entry"),
             (lambda raw: raw.update(kernel_span="0x4000000"), "does not lie whole at its entry"),
             (lambda raw: segment(raw, "kernel").update(origin="0x80"), "does not lie whole at its entry"),
             (lambda raw: raw["notes"].append("0x5000000-0x5000400"), "K1's bytes at 0x5000000-0x5000400"),
             (lambda raw: raw["notes"].append("0x5fff00-0x600100"), "do not stay in one piece"),
-            (lambda raw: raw["moves"][1].update(src="0x80"), "onto itself"),
-            (lambda raw: raw["moves"][1].update(src="0x4000040"), "whole 128-byte lines"),
-            (lambda raw: raw["moves"][1].update(size="0x0"), "a move of nothing"),
-            (lambda raw: raw["moves"][1].update(size=hex(1 << 64)), "no 64-bit address"),
-            (lambda raw: raw["moves"][1].update(move="jump"), "'jump' is none of"),
-            (lambda raw: raw["moves"][1].pop("src"), "'src' is missing"),
+            (lambda raw: raw["moves"][4].update(src="0x1080"), "onto itself"),
+            (lambda raw: raw["moves"][4].update(src="0x4001040"), "whole 128-byte lines"),
+            (lambda raw: raw["moves"][4].update(dst="0x1040"), "whole 128-byte lines"),
+            (lambda raw: raw["moves"][4].update(size="0x5fefc0"), "whole 128-byte lines"),
+            (lambda raw: raw["moves"][8].update(at="0x1020"), "whole 128-byte lines"),
+            (lambda raw: raw["moves"][8].update(size="0x20"), "whole 128-byte lines"),
+            (lambda raw: raw["moves"][3].update(origin="0x40", size="0x80"), "whole 128-byte lines of K1's first bytes"),
+            (lambda raw: raw["moves"][4].update(size="0x0"), "a move of nothing"),
+            (lambda raw: raw["moves"][8].update(size="0x0"), "a move of nothing"),
+            (lambda raw: raw["moves"][4].update(size=hex(1 << 64)), "no 64-bit address"),
+            (lambda raw: raw["moves"][8].update(at=hex(1 << 64)), "no 64-bit address"),
+            (lambda raw: raw["moves"][4].update(move="jump"), "'jump' is none of copy, exchange, put, check"),
+            (lambda raw: raw["moves"][4].update(move=["copy"]), "is none of"),
+            (lambda raw: raw["moves"][4].pop("src"), "'src' is missing"),
+            (lambda raw: raw["moves"][3].pop("origin"), "'origin' is missing"),
+            (lambda raw: raw["moves"][8].pop("at"), "'at' is missing"),
             (lambda raw: raw["moves"].reverse(), "lose K1's memory at 0x0-0x100"),
-            (lambda raw: raw["moves"].pop(0), "lose K1's memory at 0x0-0x100"),
-            (lambda raw: raw["moves"].pop(1), "lose K1's memory at 0x0-0x600000"),
-            (lambda raw: raw["moves"][1].update(move="copy"), "lose K1's memory at 0x0-0x600000"),
+            (lambda raw: raw["moves"].pop(0), "lose K1's memory at 0x100-0x1000"),
+            (lambda raw: raw["moves"].pop(2), "lose K1's memory at 0x100-0x1000"),
+            (lambda raw: raw["moves"].pop(3), "lose K1's memory at 0x0-0x100"),
+            (lambda raw: raw["moves"].insert(0, raw["moves"].pop(1)), "lose K1's memory at 0x100-0x1000"),
+            (lambda raw: raw["moves"].insert(2, raw["moves"].pop(3)), "lose K1's memory at 0x0-0x100"),
+            (lambda raw: raw["moves"][2].update(move="copy"), "lose K1's memory at 0x100-0x1000"),
+            (lambda raw: raw["moves"][2].update(src="0x4001000"), "lose K1's memory at "),
+            (lambda raw: raw["moves"][9].update(src="0x4000000"), "does not lie whole at its entry"),
+            (lambda raw: raw["moves"].pop(4), "lose K1's memory at 0x1000-0x600000"),
+            (lambda raw: raw["moves"][4].update(move="copy"), "lose K1's memory at 0x1000-0x600000"),
+            (lambda raw: raw["moves"].pop(9), "does not lie whole at its entry"),
+            (lambda raw: raw["moves"][3].update(origin="0x80"), "carries only K1's first 0x100 bytes: put"),
+            (lambda raw: raw["moves"][3].update(size="0x180"), "carries only K1's first 0x100 bytes: put"),
+            (lambda raw: raw["moves"][3].update(origin="0x100"), "carries only K1's first 0x100 bytes: put"),
+            (lambda raw: raw["moves"][3].update(origin=hex((1 << 64) - 1)), "carries only K1's first 0x100 bytes: put"),
+            (lambda raw: raw["moves"][3].update(size="0x80"), "lose K1's memory at 0x80-0x100"),
+            (lambda raw: raw["moves"][3].update(origin="0x80", size="0x80"), "lose K1's memory at 0x0-0x80"),
+            (lambda raw: raw["moves"].pop(5), "the elfcorehdr at 0x4610000-0x4620000 is not checked before K2 is entered"),
+            (lambda raw: raw["moves"].pop(6), "the fdt at 0x4620000-0x4640000 is not checked"),
+            (lambda raw: raw["moves"].pop(7), "the initrd at 0x4640000-0x4660000 is not checked"),
+            (lambda raw: raw["moves"].pop(8), "the kernel at 0x0-0x600000 is not checked"),
+            (lambda raw: raw["moves"].pop(10), "the kernel at 0x0-0x600000 is not checked"),
+            (lambda raw: raw["moves"][7].update(size="0x1ff80"), "the initrd at 0x4640000-0x4660000 is not checked"),
+            (lambda raw: raw["moves"][8].update(at="0x1080", size="0x5fef80"), "the kernel at 0x0-0x600000 is not checked"),
+            (lambda raw: raw["moves"][8].update(at="0x4001000"), "nothing that was loaded lies whole at 0x4001000-0x4600000"),
+            (lambda raw: raw["moves"].insert(4, raw["moves"].pop(8)), "nothing that was loaded lies whole at 0x1000-0x600000"),
+            (lambda raw: raw["moves"].insert(4, raw["moves"].pop(10)), "nothing that was loaded lies whole at 0x0-0x1000"),
+            (lambda raw: raw["moves"].insert(0, check("0x4000000", "0x600000")) or raw["moves"].pop(9), "is not checked"),
+            (lambda raw: raw["moves"].extend([THERE_AND_BACK] * 2), "the kernel at 0x0-0x600000 is not checked"),
+            (lambda raw: raw["moves"].append(raw["moves"][9]), "the kernel at 0x0-0x600000 is not checked"),
+            (lambda raw: raw["moves"].append(check("0x1000000", "0x1000")), "nothing that was loaded lies whole at 0x1000000"),
+            (lambda raw: raw["moves"].append(check("0x4000000", "0x1000")), "nothing that was loaded lies whole at 0x4000000"),
+            (lambda raw: raw["moves"].append(check("0x8000000", "0x1000")), "nothing that was loaded lies whole at 0x8000000"),
+            (lambda raw: raw["moves"].append(check("0x4600000", "0x1000")), "nothing that was loaded lies whole at 0x4600000"),
+            (lambda raw: raw["moves"].append(check("0x4610000", "0x20000")), "nothing that was loaded lies whole at 0x4610000"),
+            (lambda raw: raw["moves"].append(check("0x5fff80", "0x100")), "nothing that was loaded lies whole at 0x5fff80"),
             (lambda raw: raw["k2_memory"].append("0xe000000-0xe100000"), "lose K1's memory at 0xe000000-0xe100000"),
             (lambda raw: raw["kept"].pop(), "is not where the moves leave it"),
             (lambda raw: raw["kept"][0].update(location="0x5000000"), "is not where the moves leave it"),
             (lambda raw: raw["kept"][0].update(range="0x0-0x500000"), "is not where the moves leave it"),
             (lambda raw: raw.update(placement="elsewhere"), "'elsewhere' is none of zero, reserved"),
-            (lambda raw: raw.update(opal=["0x0"]), "no list of 2"),
+            (lambda raw: raw["services"].update(opal=["0x0"]), "no list of 2"),
+            (lambda raw: raw["services"].update(rtas=["0x0", "0x0", "0x0"]), "no list of 2"),
+            (lambda raw: raw["services"].update(rtas="0x0"), "no list of 2"),
+            (lambda raw: raw["services"].update(rtas=["0x0", hex(1 << 64)]), "no 64-bit address"),
+            (lambda raw: raw["services"].update(rtas=["0x0", None]), "None is no string"),
+            (lambda raw: raw["services"].update(kind="xen"), "'xen' is none of none, papr, opal"),
+            (lambda raw: raw["services"].update(kind=None), "None is none of none, papr, opal"),
+            (lambda raw: raw["services"].update(kind=["papr"]), "is none of none, papr, opal"),
+            (lambda raw: raw["services"].update(console=0), "0 is no string"),
+            (lambda raw: raw["services"].update(console=""), "not what it must be"),
+            (lambda raw: raw["services"].update(console="-0x1"), "no 64-bit address"),
+            (lambda raw: raw["services"].update(rtas_reboot=hex(1 << 64)), "no 64-bit address"),
+            (lambda raw: raw["services"].update(rtas_nmi=None), "None is no string"),
+            (lambda raw: raw["services"].update(rtas_nmi=False), "False is no string"),
+            (lambda raw: raw.update(on_damage="explode"), "'explode' is none of halt, reboot, continue"),
+            (lambda raw: raw.update(on_damage=1), "1 is none of halt, reboot, continue"),
             (lambda raw: raw.update(slaves=-1), "no count"),
             (lambda raw: raw.update(slaves="1"), "no count"),
         ],
@@ -674,23 +886,96 @@ class TestJson:
         assert says in refuse(damaged(change))
 
     def test_a_put_of_bytes_that_the_purgatory_does_not_carry(self):
-        """Only K1's head is saved at load time: a put elsewhere would claim bytes that nobody has."""
+        """Only K1's head is saved at load time: a put of more would claim bytes that nobody has."""
 
         def claim(raw):
-            raw["moves"].append({"move": "put", "dst": "0x0", "size": "0x600000"})
-            raw["moves"][1] = {"move": "copy", "dst": "0x0", "src": raw["moves"][1]["src"], "size": "0x600000"}
-            raw["kept"] = [{"range": "0x0-0x4000000", "location": "0x0"}, raw["kept"][-1]]
-            raw["k2_memory"] = ["0x4600000-0xa000000"]
+            raw["moves"][1] = {"move": "put", "dst": "0x4000000", "origin": "0x0", "size": "0x1000"}
 
-        assert "put" in refuse(damaged(claim))
+        assert "carries only K1's first 0x100 bytes: put K1's first bytes at 0x4000000-0x4001000" in refuse(damaged(claim))
+
+    def test_the_slave_entry_of_a_k2_in_its_region_is_checked_too(self):
+        raw = json.loads(small_plan("reserved").to_json())
+        assert raw["moves"].pop() == check("0x0", "0x100")
+        assert "the kernel at 0x0-0x100 is not checked before K2 is entered" in refuse(json.dumps(raw))
+
+    def test_a_check_more_is_no_contradiction(self):
+        """Of a part, twice, and of what is to move on."""
+
+        def add(raw):
+            raw["moves"][:0] = [check("0x4000000", "0x600000"), check("0x4640000", "0x80")]
+            raw["moves"] += [check("0x4640080", "0x80"), raw["moves"][7]]
+
+        plan = LoadPlan.from_json(damaged(add))
+        assert len(plan.moves) == 15
+        assert checked_at_last(plan) == checked_at_last(small_plan("zero"))
+
+    def test_a_write_to_the_saved_page_is_no_contradiction(self):
+        """The one page of the purgatory's segment that its code leaves alone."""
+        plan = LoadPlan.from_json(damaged(lambda raw: raw["moves"].append(at_saved(0xF80, 0x80))))
+        assert plan.moves[-1] == Copy(0x4607F80, 0x1000000, 0x80)
+
+    @every_placement
+    @pytest.mark.parametrize("size", [LINE, SAVE_OFFSET, SAVE_OFFSET + LOW_PAGE, PURGATORY_SPAN - LINE, PURGATORY_SPAN - 1])
+    def test_a_purgatory_s_segment_without_room_for_page_and_log(self, placement, size):
+        """What is behind it in its region would be written over by the purgatory itself."""
+        raw = json.loads(small_plan(placement).to_json())
+        start = int(segment(raw, "purgatory")["range"].split("-")[0], 16)
+        short = Range.sized(start, size)
+        segment(raw, "purgatory").update(range=str(short))
+        assert f"the purgatory needs 0xa000 bytes, not {short}" in refuse(json.dumps(raw))
+
+    @every_placement
+    def test_a_purgatory_s_segment_with_just_enough_room(self, placement):
+        raw = json.loads(small_plan(placement).to_json())
+        start = int(segment(raw, "purgatory")["range"].split("-")[0], 16)
+        segment(raw, "purgatory").update(range=str(Range.sized(start, PURGATORY_SPAN)))
+        plan = LoadPlan.from_json(json.dumps(raw))
+        assert plan.segment("purgatory").range == Range.sized(start, 0xA000)
+        assert plan.moves == small_plan(placement).moves
+
+    @pytest.mark.parametrize("format_", [None, 0, 1, 3, "2"])
+    def test_a_plan_of_another_format(self, format_):
+        line = refuse(damaged(lambda raw: raw.update(format=format_)))
+        assert "not a load plan of format 2" in line
+        assert "plan --plan-out" in line
+
+    @pytest.mark.parametrize("name", sorted(json.loads(small_plan().to_json())["services"]))
+    def test_a_service_is_missing(self, name):
+        assert f"field '{name}' is missing" in refuse(damaged(lambda raw: raw["services"].pop(name)))
+
+    @pytest.mark.parametrize(
+        "services",
+        [
+            Services(),
+            Services("papr"),
+            Services("papr", 0),
+            Services("papr", (1 << 64) - 1, (0, 0), (1, (1 << 64) - 1), 0xFFFFFFFF, 1),
+            Services("opal", 0, (0x30000000, 0x30000810)),
+        ],
+    )
+    @pytest.mark.parametrize("altivec", [True, False])
+    @pytest.mark.parametrize("policy", DAMAGE_POLICIES)
+    def test_services_altivec_and_policy_there_and_back(self, services, altivec, policy):
+        plan = replace(small_plan("zero"), services=services, altivec=altivec, on_damage=policy)
+        assert LoadPlan.from_json(plan.to_json()) == plan
+        raw = json.loads(plan.to_json())
+        assert (raw["format"], raw["altivec"], raw["on_damage"], raw["services"]["kind"]) == (2, altivec, policy, services.kind)
+
+    def test_each_kind_of_row_there_and_back(self):
+        raw = json.loads(small_text())["moves"]
+        assert raw[1] == {"move": "copy", "dst": "0x0", "src": "0x4600000", "size": "0x1000"}
+        assert raw[2] == {"move": "exchange", "dst": "0x4607000", "src": "0x4000000", "size": "0x1000"}
+        assert raw[3] == {"move": "put", "dst": "0x4000000", "origin": "0x0", "size": "0x100"}
+        assert raw[4] == {"move": "exchange", "dst": "0x1000", "src": "0x4001000", "size": "0x5ff000"}
+        assert raw[8] == {"move": "check", "at": "0x1000", "size": "0x5ff000"}
 
     @pytest.mark.parametrize(("name", "value"), [("slaves", 1 << 32), ("slave_timeout", 1 << 64), ("slaves", True)])
     def test_counts_that_the_purgatory_has_no_room_for(self, name, value):
         assert "no count" in refuse(damaged(lambda raw: raw.update({name: value})))
 
     @pytest.mark.parametrize("value", ["yes", 1, None, []], ids=repr)
-    def test_a_partition_is_true_or_false(self, value):
-        refuse(damaged(lambda raw: raw.update(partition=value)))
+    def test_altivec_is_true_or_false(self, value):
+        assert "is neither true nor false" in refuse(damaged(lambda raw: raw.update(altivec=value)))
 
     def test_names_are_quoted_in_messages(self):
         """A plan comes from the machine under test: its words must not forge lines of a report."""
@@ -726,6 +1011,18 @@ class TestJson:
         survive(json.dumps(raw))
 
 
+def tokens(services: Services) -> dict[str, int]:
+    return {"rtas_reboot": services.rtas_reboot, "rtas_nmi": services.rtas_nmi}
+
+
+def exchange(plan: LoadPlan) -> Exchange:
+    """The one of all but the low page, which changes places in the purgatory's segment."""
+    low, found = (move for move in plan.moves if isinstance(move, Exchange))
+    saved = plan.segment("purgatory").range.start + SAVE_OFFSET
+    assert low == Exchange(saved, plan.segment("kernel").range.start, LOW_PAGE)
+    return found
+
+
 @functools.cache
 def small_text() -> str:
     return small_plan("zero").to_json()
@@ -747,7 +1044,8 @@ def survive(text: str) -> None:
         assert "\n" not in line, line
         return
     # what was read keeps the promises that matter, whatever was changed
-    pack(0, plan.moves, HEAD, fdt=0, entry=plan.entry, slaves=plan.slaves, slave_timeout=plan.slave_timeout)
+    pack_any(plan)
+    checked_at_last(plan)
     memory = simulate(plan) if plan.memory == RangeSet([Range(0, 256 * MIB)]) else None
     for kept in plan.kept:
         if memory is not None and kept.range.start % LINE == 0 and kept.range.size % LINE == 0:

@@ -17,7 +17,7 @@ from crashkernel.machine.live import read_machine
 from crashkernel.memory import format_size
 from crashkernel.placement import plan_load
 from crashkernel.placement.image import KernelImage
-from crashkernel.placement.plan import PLACEMENTS, LoadPlan, PlacementName
+from crashkernel.placement.plan import DAMAGE_POLICIES, PLACEMENTS, DamagePolicy, LoadPlan, PlacementName
 from crashkernel.report.maps import draw_stages
 
 if TYPE_CHECKING:
@@ -112,6 +112,13 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help=f"use the running kernel's command line, without {', '.join(_NOT_FOR_K2)}, and '{DEFAULT_OPTIONS}' added",
     )
+    parser.add_argument(
+        "--on-damage",
+        choices=DAMAGE_POLICIES,
+        default="reboot",
+        help="at a panic, when K2 or anything loaded with it is found damaged: say so on the console, then halt, reboot, or "
+        "enter K2 all the same (default: %(default)s)",
+    )
     parser.add_argument("--plan-out", type=Path, metavar="FILE", help="write the plan as JSON")
 
 
@@ -183,7 +190,14 @@ def _make_plan(arguments: argparse.Namespace, machine: Machine) -> tuple[LoadPla
         initrd = _read(_first("an initramfs", _initrds(), "--initrd")) if arguments.kernel is None else b""
     elif str(arguments.initrd) != ".":  # what Path makes of ''
         initrd = _read(arguments.initrd)
-    plan = plan_load(machine, image, len(initrd), _cmdline(arguments, machine), cast("PlacementName", arguments.placement))
+    plan = plan_load(
+        machine,
+        image,
+        len(initrd),
+        _cmdline(arguments, machine),
+        cast("PlacementName", arguments.placement),
+        cast("DamagePolicy", arguments.on_damage),
+    )
     return plan, image, initrd
 
 

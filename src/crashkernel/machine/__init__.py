@@ -30,6 +30,18 @@ class Region:
 
 
 @dataclass(frozen=True, slots=True)
+class Services:
+    """What the firmware below both kernels does for a purgatory that asks: print, reboot, redirect machine checks."""
+
+    kind: Literal["none", "papr", "opal"] = "none"
+    console: int | None = None  # its number in the firmware's words: a vty's unit address, an OPAL terminal
+    opal: tuple[int, int] = (0, 0)  # base and entry, physical
+    rtas: tuple[int, int] = (0, 0)  # base and entry, physical; called in 32-bit mode
+    rtas_reboot: int = 0  # token of system-reboot, 0 without
+    rtas_nmi: int = 0  # token of ibm,nmi-register, 0 without
+
+
+@dataclass(frozen=True, slots=True)
 class Cpu:
     """One of K1's CPUs. `number` is Linux's, `note` the buffer its registers are saved to at the panic, if known."""
 
@@ -69,4 +81,6 @@ class Machine:
     cmdline: str  # K1's
     release: str  # K1's, "" when only its tree is known
     timebase_hz: int
+    altivec: bool  # whether every CPU has it
+    services: Services
     device_tree: Node

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from crashkernel.errors import FormatError
-from crashkernel.machine import Cpu, Lmb, Machine, Mmu, Platform, Region
+from crashkernel.machine import Cpu, Lmb, Machine, Mmu, Platform, Region, Services
 from crashkernel.memory import Range, RangeSet
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 DYNAMIC_MEMORY_NODE = "ibm,dynamic-reconfiguration-memory"
 _LMB_RESERVED = 0x80  # DRCONF_MEM_RESERVED, arch/powerpc/include/asm/drmem.h
 _LMB_ASSIGNED = 0x08  # DRCONF_MEM_ASSIGNED
+_LOWEST_REGION = 0x10000  # the running kernel itself lies at 0
 _MAX_LMBS = 1 << 20  # 256 TiB of 256 MiB blocks: more is a corrupt count, not a machine
 
 
@@ -54,6 +55,8 @@ def machine_from_tree(root: Node, *, source: str = "device tree") -> Machine:
         cmdline=os.fsdecode(chosen.properties.get("bootargs", b"").split(b"\0")[0]) if chosen is not None else "",
         release="",
         timebase_hz=_timebase(root),
+        altivec=_altivec(root),
+        services=_services(root, platform),
         device_tree=root,
     )
 
@@ -149,7 +152,11 @@ def _reserved(chosen: Node | None) -> Range | None:
     if chosen is None or "linux,crashkernel-base" not in chosen.properties:
         return None
     base, size = (_number(chosen, f"linux,crashkernel-{name}") for name in ("base", "size"))
-    return _sized(base, size) if size else None
+    if not size:
+        return None
+    if base < _LOWEST_REGION:
+        raise FormatError(f"the reserved region at {base:#x} leaves K1 no page at 0", source="device tree")
+    return _sized(base, size)
 
 
 def _firmware(root: Node) -> Iterator[Region]:
@@ -177,6 +184,52 @@ def _firmware(root: Node) -> Iterator[Region]:
         # early_reserve_mem_dt, arch/powerpc/kernel/prom.c: pairs of 64-bit base and size
         for piece in _pairs(root.properties["reserved-ranges"], 2, 2):
             yield Region("reserved", piece)
+
+
+def _services(root: Node, platform: Platform) -> Services:
+    rtas = root.child("rtas")
+    if platform == "powernv":
+        opal = root.child("ibm,opal")
+        if opal is None or "opal-entry-address" not in opal.properties:
+            return Services()
+        consoles = opal.child("consoles")
+        terminals = [_word(node, "reg") for node in (consoles.children if consoles is not None else ())]
+        return Services(
+            "opal",
+            min(terminals, default=0),  # what firmware counts from 0 need not be named (hvc_opal_init_early)
+            (_word(opal, "opal-base-address"), _word(opal, "opal-entry-address")),
+        )
+    if rtas is None or "linux,rtas-entry" not in rtas.properties:
+        return Services("papr", _vty(root))
+    return Services(
+        "papr",
+        _vty(root),
+        rtas=(_word(rtas, "linux,rtas-base"), _word(rtas, "linux,rtas-entry")),
+        rtas_reboot=_word(rtas, "system-reboot"),
+        rtas_nmi=_word(rtas, "ibm,nmi-register"),
+    )
+
+
+def _vty(root: Node) -> int | None:
+    """The unit address of the terminal that the firmware talks to, if it takes plain characters.
+
+    hvc_vio_init_early, drivers/tty/hvc/hvc_vio.c: /chosen names it. A "hvterm-protocol" one wants packets.
+    """
+    chosen = root.child("chosen")
+    named = {_text(chosen, name) for name in ("stdout-path", "linux,stdout-path")} if chosen is not None else set()
+    found = [
+        (path not in named, _word(node, "reg"))
+        for path, node in root.walk()
+        if b"hvterm1" in node.properties.get("compatible", b"").split(b"\0")
+    ]
+    return min(found)[1] if found else None
+
+
+def _altivec(root: Node) -> bool:
+    # check_cpu_pa_features' neighbour: feature_properties, arch/powerpc/kernel/prom.c
+    cpus = root.child("cpus")
+    nodes = [node for node in (cpus.children if cpus is not None else ()) if _text(node, "device_type") == "cpu"]
+    return bool(nodes) and all(_number(node, "ibm,vmx") or _number(node, "altivec") for node in nodes)
 
 
 def _threads(root: Node) -> Iterator[int]:
@@ -209,6 +262,14 @@ def _text(node: Node, name: str) -> str:
 def _number(node: Node, name: str) -> int:
     # Linux and firmware write these as one or two cells: the length tells.
     return int.from_bytes(node.properties.get(name, b""), "big")
+
+
+def _word(node: Node, name: str) -> int:
+    # For a parameter of the purgatory's, which has 64 bits for each.
+    value = _number(node, name)
+    if value >= 1 << 64:
+        raise FormatError(f"{node.name}: {name} reaches beyond 64 bits", source="device tree")
+    return value
 
 
 def _pair(node: Node | None, start: str, end: str) -> Range | None:

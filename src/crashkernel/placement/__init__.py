@@ -7,20 +7,35 @@ All that follows from a table (the vmcore's header, the pictures, the verdict) a
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from crashkernel.errors import PlanError
 from crashkernel.formats.fdt import DeviceTree
-from crashkernel.machine import HEAD_SIZE, Machine
+from crashkernel.machine import Machine, Services
 from crashkernel.machine.devicetree import dynamic_memory
 from crashkernel.memory import Range, RangeSet, align_up, format_size
-from crashkernel.placement.moves import Copy, Exchange, Move, Put
-from crashkernel.placement.plan import LoadPlan, PlacementName, Segment, SegmentContent, check_plan, keep
+from crashkernel.placement import tables
+from crashkernel.placement.moves import MAX_MOVES
+from crashkernel.placement.plan import (
+    DamagePolicy,
+    LoadPlan,
+    PlacementName,
+    Segment,
+    SegmentContent,
+    check_plan,
+    final_layout,
+    keep,
+    loaded_contents,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from crashkernel.machine import Mmu
     from crashkernel.placement.image import KernelImage
+    from crashkernel.placement.moves import Move
 
 PAGE = 0x10000
 """Everything is placed in whole 64 KiB pages: the largest base page of any ppc64 kernel, K1 or K2."""
@@ -53,10 +68,12 @@ def plan_load(
     initrd_size: int,
     cmdline: str,
     placement: PlacementName,
+    on_damage: DamagePolicy = "reboot",
 ) -> LoadPlan:
     """The complete plan for one machine, capture kernel and placement.
 
-    `initrd_size` is in bytes; `cmdline` is K2's, without `elfcorehdr=`, which is added here.
+    `initrd_size` is in bytes; `cmdline` is K2's, without `elfcorehdr=`, which is added here; `on_damage` is what is done at a
+    panic when what was loaded is found damaged.
     :raise PlanError: no region is reserved, K2 does not fit into it (says by how much, and what to change), or its command
         line is too long.
     """
@@ -78,7 +95,7 @@ def plan_load(
     # room for what tree.py adds: K2's command line, a pair of 64-bit numbers for each piece of memory, its count in drconf
     tree_size = len(DeviceTree(machine.device_tree, (), 0).to_bytes()) + COMMAND_LINE_SIZE + 64 * 1024
     tree_size += 24 * sum(lmb.usable for lmb in dynamic_memory(machine.device_tree))
-    core_entries = 8 + len(machine.cpus) + 2 * len(machine.memory) + 4 * len(table.moves)
+    core_entries = 8 + len(machine.cpus) + 2 * len(machine.memory) + 4 * MAX_MOVES
     wanted: list[tuple[SegmentContent, int]] = [
         ("purgatory", PURGATORY_SIZE),
         ("elfcorehdr", 64 + 56 * core_entries),
@@ -92,9 +109,14 @@ def plan_load(
         *table.segments,
         *(Segment(content, room.take(content, size, real_mode=content != "initrd")) for content, size in wanted),
     )
-    kept = keep(machine.memory, region, segments, table.moves, k2_memory)
+    purgatory = next(segment.range for segment in segments if segment.content == "purgatory")
+    # everything is checked where the table leaves it, the largest and most exposed last: the kernel
+    final = final_layout(machine.memory, region, segments, table.moves(purgatory.start, ()))
+    loaded = sorted(loaded_contents(final, purgatory), key=lambda extent: extent.content == "kernel")
+    checks = [piece for extent in loaded for piece in RangeSet([extent.location]) - RangeSet([Range(0, tables.LOW_PAGE)])]
+    moves = table.moves(purgatory.start, checks)
+    kept = keep(machine.memory, region, segments, moves, k2_memory)
     elfcorehdr = next(segment.range.start for segment in segments if segment.content == "elfcorehdr")
-    opal = machine.device_tree.child("ibm,opal")
     online = sum(cpu.online for cpu in machine.cpus)
     cmdline = f"{cmdline} elfcorehdr={elfcorehdr >> 10}K".strip()
     if (length := len(os.fsencode(cmdline)) + 1) > COMMAND_LINE_SIZE:
@@ -114,9 +136,8 @@ def plan_load(
         # /proc/kallsyms has no data symbols in distribution kernels; the file has, if K2 is the kernel that runs
         k1_layout=image.layout if image.release == machine.release else (),
         segments=segments,
-        moves=table.moves,
+        moves=moves,
         entry=table.entry,
-        opal=(opal.u64("opal-base-address"), opal.u64("opal-entry-address")) if opal is not None else (0, 0),
         k2_memory=k2_memory,
         k2_mapped=k2_mapped,
         kept=kept,
@@ -125,7 +146,9 @@ def plan_load(
         slaves=0 if machine.platform == "powernv" else max(0, online - 1),
         # as long as K1 itself grants its CPUs to answer the crash IPI (IPI_TIMEOUT, arch/powerpc/kexec/crash.c)
         slave_timeout=10 * machine.timebase_hz,
-        partition=machine.platform == "pseries",
+        services=_reachable(machine.services, purgatory),
+        altivec=machine.altivec,
+        on_damage=on_damage,
     )
     check_plan(plan)
     return plan
@@ -133,10 +156,13 @@ def plan_load(
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """What a placement decides. `low_block` is the memory at 0 that K2 owns afterwards."""
+    """What a placement decides. `low_block` is the memory at 0 that K2 owns afterwards.
+
+    `moves` makes the table once the rest is placed: of the purgatory's address and of what is to be checked.
+    """
 
     segments: tuple[Segment, ...]
-    moves: tuple[Move, ...]
+    moves: Callable[[int, Iterable[Range]], tuple[Move, ...]]
     entry: int
     low_block: Range
     k2_memory: RangeSet
@@ -195,7 +221,7 @@ def _zero(machine: Machine, image: KernelImage, region: Range, firmware: RangeSe
     memory = (RangeSet([low, region]) & machine.memory) - RangeSet([parked])
     return _Table(
         segments=tuple(segments),
-        moves=(Put(0, HEAD_SIZE), Exchange(0, parked.start, moving.size)),
+        moves=partial(tables.zero, moving.size, parked.start),
         entry=0,
         low_block=low,
         k2_memory=_whole_blocks(memory, block),
@@ -218,11 +244,16 @@ def _reserved(machine: Machine, image: KernelImage, region: Range, firmware: Ran
     running = Range(running.start, running.end - PAGE)
     return _Table(
         segments=(Segment("kernel", running),),
-        moves=(Put(0, HEAD_SIZE), Copy(backup.start, 0, low.size), Copy(0, running.start, HEAD_SIZE)),
+        moves=partial(tables.reserved, low.size, backup.start, running.start),
         entry=running.start,
         low_block=low,
         k2_memory=_whole_blocks((RangeSet([low, region]) & machine.memory) - RangeSet([backup]), block),
     )
+
+
+def _reachable(services: Services, purgatory: Range) -> Services:
+    """RTAS runs in 32-bit mode, its arguments included: from higher up it cannot be called."""
+    return services if purgatory.end <= 1 << 32 else replace(services, rtas_reboot=0, rtas_nmi=0)
 
 
 def _whole_blocks(memory: RangeSet, block: int) -> RangeSet:

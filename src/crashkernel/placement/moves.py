@@ -14,8 +14,8 @@ from crashkernel.memory import Range
 LINE = 128
 """Moves are made of whole cache lines, in bytes: the cache block of every 64-bit POWER server CPU since the 970."""
 
-MAX_MOVES = 32
-"""A table's length at most: the rows of the purgatory's parameter block (P_MOVES, purgatory.S)."""
+MAX_MOVES = 31
+"""A table's length at most: the purgatory's has 32 rows (AT_TABLE, purgatory.S), the last of which enters K2."""
 
 K1 = "K1"
 """The content that matters: K1's memory, named by the physical address it had when K1 died."""
@@ -29,6 +29,16 @@ class Copy:
     src: int
     size: int
 
+    @property
+    def read(self) -> tuple[Range, ...]:
+        """The stretches this row reads."""
+        return (Range.sized(self.src, self.size),)
+
+    @property
+    def written(self) -> tuple[Range, ...]:
+        """The stretches it writes."""
+        return (Range.sized(self.dst, self.size),)
+
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
@@ -38,16 +48,60 @@ class Exchange:
     src: int
     size: int
 
+    @property
+    def read(self) -> tuple[Range, ...]:
+        """The stretches this row reads."""
+        return (Range.sized(self.dst, self.size), Range.sized(self.src, self.size))
+
+    @property
+    def written(self) -> tuple[Range, ...]:
+        """The stretches it writes: the same."""
+        return self.read
+
 
 @dataclass(frozen=True, slots=True)
 class Put:
-    """Bytes of K1 that were at `dst` when the plan was loaded, and that the purgatory carries since, are put back."""
+    """Bytes of K1 that were at `origin` when the plan was loaded, and that the purgatory carries since, go to `dst`."""
 
     dst: int
+    origin: int
     size: int
 
+    @property
+    def read(self) -> tuple[Range, ...]:
+        """Nothing outside the purgatory."""
+        return ()
 
-Move = Copy | Exchange | Put
+    @property
+    def written(self) -> tuple[Range, ...]:
+        """The stretch it writes."""
+        return (Range.sized(self.dst, self.size),)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What lies at `at` must be what the loader put there: held against a digest made at load time. Moves nothing."""
+
+    at: int
+    size: int
+
+    @property
+    def range(self) -> Range:
+        """What is checked."""
+        return Range.sized(self.at, self.size)
+
+    @property
+    def read(self) -> tuple[Range, ...]:
+        """The stretch it reads."""
+        return (self.range,)
+
+    @property
+    def written(self) -> tuple[Range, ...]:
+        """Nothing."""
+        return ()
+
+
+Move = Copy | Exchange | Put | Check
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +163,10 @@ class Layout:
 
     def after(self, move: Move) -> Layout:
         """The layout once `move` is made."""
+        if isinstance(move, Check):
+            return self
         if isinstance(move, Put):
-            return self.overlaid(Extent(Range.sized(move.dst, move.size), K1, move.dst))
+            return self.overlaid(Extent(Range.sized(move.dst, move.size), K1, move.origin))
         dst, src = Range.sized(move.dst, move.size), Range.sized(move.src, move.size)
         distance = move.dst - move.src
         arriving = [extent.moved(distance) for extent in self.within(src)]

@@ -7,14 +7,15 @@ the dump afterwards reads here what the plan promised.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from crashkernel.errors import FormatError, PlanError
-from crashkernel.machine import HEAD_SIZE, Region
+from crashkernel.machine import HEAD_SIZE, Region, Services
 from crashkernel.memory import Range, RangeSet
-from crashkernel.placement.moves import K1, LINE, MAX_MOVES, Copy, Exchange, Extent, Layout, Move, Put
+from crashkernel.placement.moves import K1, LINE, MAX_MOVES, Check, Copy, Exchange, Extent, Layout, Move, Put
+from crashkernel.placement.tables import LOW_PAGE, PURGATORY_SPAN, SAVE_OFFSET
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -23,8 +24,12 @@ _T = TypeVar("_T", bound=str)
 
 PlacementName = Literal["zero", "reserved"]
 PLACEMENTS: tuple[PlacementName, ...] = ("zero", "reserved")
-FORMAT = 1
+FORMAT = 2
 """Version of the JSON form."""
+
+DamagePolicy = Literal["halt", "reboot", "continue"]
+DAMAGE_POLICIES: tuple[DamagePolicy, ...] = ("halt", "reboot", "continue")
+"""What the purgatory does when what was loaded is not what it finds, in the order of P_ON_DAMAGE (purgatory.S)."""
 
 SegmentContent = Literal["kernel", "initrd", "fdt", "elfcorehdr", "purgatory"]
 
@@ -62,14 +67,15 @@ class LoadPlan:
     segments: tuple[Segment, ...]
     moves: tuple[Move, ...]
     entry: int
-    opal: tuple[int, int]  # base and entry, (0, 0) without OPAL
     k2_memory: RangeSet  # what K2 may write
     k2_mapped: RangeSet  # what K2 is told exists: its memory and the firmware's
     kept: tuple[Kept, ...]  # all of K1's memory, in ascending order
     notes: tuple[Range, ...]  # VMCOREINFO and one per CPU, at their address in K1
     slaves: int  # CPUs that K1 will send to the purgatory's slave entry
     slave_timeout: int  # in timebase ticks
-    partition: bool  # below K1 is a PAPR hypervisor
+    services: Services  # what the purgatory may ask of the firmware
+    altivec: bool  # it may use AltiVec
+    on_damage: DamagePolicy
 
     @property
     def k1_memory(self) -> RangeSet:
@@ -118,14 +124,15 @@ class LoadPlan:
                 "segments": [{"content": s.content, "range": str(s.range), "origin": hex(s.origin)} for s in self.segments],
                 "moves": [_move_to_json(move) for move in self.moves],
                 "entry": hex(self.entry),
-                "opal": [hex(value) for value in self.opal],
                 "k2_memory": [str(r) for r in self.k2_memory],
                 "k2_mapped": [str(r) for r in self.k2_mapped],
                 "kept": [{"range": str(k.range), "location": hex(k.location)} for k in self.kept],
                 "notes": [str(r) for r in self.notes],
                 "slaves": self.slaves,
                 "slave_timeout": self.slave_timeout,
-                "partition": self.partition,
+                "services": _services_to_json(self.services),
+                "altivec": self.altivec,
+                "on_damage": self.on_damage,
             },
             indent=1,
         )
@@ -163,14 +170,15 @@ class LoadPlan:
                 ),
                 moves=tuple(_move_from_json(move) for move in _list(raw["moves"])),
                 entry=_number(raw["entry"]),
-                opal=cast("tuple[int, int]", tuple(_number(value) for value in _list(raw["opal"], 2))),
                 k2_memory=RangeSet(_ranges(raw["k2_memory"])),
                 k2_mapped=RangeSet(_ranges(raw["k2_mapped"])),
                 kept=tuple(Kept(_range(k["range"]), _number(k["location"])) for k in _list(raw["kept"])),
                 notes=tuple(_ranges(raw["notes"])),
                 slaves=_count(raw["slaves"], 1 << 32),  # as wide as the purgatory's parameter block has them
                 slave_timeout=_count(raw["slave_timeout"], 1 << 64),
-                partition=_bool(raw["partition"]),
+                services=_services_from_json(raw["services"]),
+                altivec=_bool(raw["altivec"]),
+                on_damage=_one_of(raw["on_damage"], DAMAGE_POLICIES),
             )
         except KeyError as error:
             raise FormatError(f"field {error} is missing", source=source) from error
@@ -201,32 +209,12 @@ def check_plan(plan: LoadPlan) -> None:
                 raise PlanError(f"segment {segment.content} {segment.range} lies over {region.name!r} {region.range}")
     if {"kernel", "fdt", "elfcorehdr", "purgatory"} - {segment.content for segment in plan.segments}:
         raise PlanError("a plan needs kernel, fdt, elfcorehdr and purgatory segments")
+    if plan.segment("purgatory").range.size < PURGATORY_SPAN:
+        raise PlanError(f"the purgatory needs {PURGATORY_SPAN:#x} bytes, not {plan.segment('purgatory').range}")
     if len(plan.moves) > MAX_MOVES:
         raise PlanError(f"{len(plan.moves)} moves, the purgatory's table holds {MAX_MOVES}")
-    purgatory = plan.segment("purgatory").range
     for move in plan.moves:
-        touched = [Range.sized(move.dst, move.size)]
-        if isinstance(move, Put):
-            if touched[0].end > HEAD_SIZE:
-                raise PlanError(f"the purgatory carries only K1's first {HEAD_SIZE:#x} bytes: {describe_move(move)}")
-        else:
-            touched.append(Range.sized(move.src, move.size))
-            if touched[0].overlaps(touched[1]):
-                raise PlanError(f"a move onto itself: {describe_move(move)}")
-        if any(value % LINE for r in touched for value in (r.start, r.end)):
-            raise PlanError(f"not whole {LINE}-byte lines: {describe_move(move)}")
-        for part in touched:
-            if not plan.memory.covers(part):
-                raise PlanError(f"a move touches {part}, which is no memory")
-            if part.overlaps(purgatory):
-                raise PlanError(f"a move touches the purgatory that makes it: {part}")
-            for region in plan.firmware:
-                if part.overlaps(region.range):
-                    raise PlanError(f"a move touches {region.name!r} {region.range}: {describe_move(move)}")
-        for segment in plan.segments:
-            written = touched if isinstance(move, Exchange) else touched[:1]
-            if segment.content != "kernel" and any(part.overlaps(segment.range) for part in written):
-                raise PlanError(f"a move writes over the {segment.content} {segment.range}: {describe_move(move)}")
+        _check_move(plan, move)
     if keep(plan.memory, plan.reserved, plan.segments, plan.moves, plan.k2_memory) != plan.kept:
         raise PlanError("where K1's memory is said to lie is not where the moves leave it")
     running = Range.sized(plan.entry, max(plan.kernel_span, HEAD_SIZE))
@@ -234,6 +222,59 @@ def check_plan(plan: LoadPlan) -> None:
         raise PlanError(f"K2 does not lie whole at its entry {plan.entry:#x} after the moves")
     for note in plan.notes:
         plan.locate(note)
+    _check_checks(plan)
+
+
+def _check_move(plan: LoadPlan, move: Move) -> None:
+    """A row of the table, for itself."""
+    purgatory = plan.segment("purgatory").range
+    saved = Range.sized(purgatory.start + SAVE_OFFSET, LOW_PAGE)
+    if isinstance(move, Put):
+        if move.origin + move.size > HEAD_SIZE:
+            raise PlanError(f"the purgatory carries only K1's first {HEAD_SIZE:#x} bytes: {describe_move(move)}")
+        if move.origin % LINE:
+            raise PlanError(f"not whole {LINE}-byte lines of K1's first bytes: from {move.origin:#x} on")
+    if isinstance(move, Copy | Exchange) and Range.sized(move.dst, move.size).overlaps(Range.sized(move.src, move.size)):
+        raise PlanError(f"a move onto itself: {describe_move(move)}")
+    for part in (*move.read, *move.written):
+        if part.start % LINE or part.end % LINE:
+            raise PlanError(f"not whole {LINE}-byte lines: {describe_move(move)}")
+        if not plan.memory.covers(part):
+            raise PlanError(f"a move touches {part}, which is no memory")
+        for region in plan.firmware:
+            if part.overlaps(region.range):
+                raise PlanError(f"a move touches {region.name!r} {region.range}: {describe_move(move)}")
+    for part in move.written:
+        if part.overlaps(purgatory) and not saved.contains(part):
+            raise PlanError(f"a move writes over the purgatory that makes it: {part}")
+        for segment in plan.segments:
+            if segment.content not in ("kernel", "purgatory") and part.overlaps(segment.range):
+                raise PlanError(f"a move writes over the {segment.content} {segment.range}: {describe_move(move)}")
+
+
+def _check_checks(plan: LoadPlan) -> None:
+    """Each check finds one content there, and what K2 needs is checked after the last move that touches it."""
+    checked = RangeSet([])
+    for move, (_, layout) in zip(plan.moves, plan.stages()[2:], strict=True):
+        if isinstance(move, Check):
+            found = layout.within(move.range)
+            if len(found) != 1 or found[0].location != move.range or found[0].content in (K1, "free", "purgatory"):
+                raise PlanError(f"nothing that was loaded lies whole at {move.range} when it is to be checked")
+            checked |= RangeSet([move.range])
+        checked -= RangeSet(move.written)
+    final = final_layout(plan.memory, plan.reserved, plan.segments, plan.moves)
+    for extent in loaded_contents(final, plan.segment("purgatory").range):
+        if not checked.covers(extent.location):
+            raise PlanError(f"the {extent.content} at {extent.location} is not checked before K2 is entered")
+
+
+def loaded_contents(layout: Layout, purgatory: Range) -> tuple[Extent, ...]:
+    """Where what was loaded for K2 lies; the purgatory and the copies it keeps in its segment are left out."""
+    return tuple(
+        extent
+        for extent in layout.extents
+        if extent.content in ("kernel", "initrd", "fdt", "elfcorehdr") and not extent.location.overlaps(purgatory)
+    )
 
 
 def loaded_layout(memory: RangeSet, reserved: Range, segments: Iterable[Segment]) -> Layout:
@@ -279,9 +320,11 @@ def keep(
 
 def describe_move(move: Move) -> str:
     """One line for people."""
+    if isinstance(move, Check):
+        return f"check {move.range}"
     to = Range.sized(move.dst, move.size)
     if isinstance(move, Put):
-        return f"put K1's own bytes back at {to}"
+        return f"put K1's first bytes at {to}"
     source = Range.sized(move.src, move.size)
     return f"exchange {to} with {source}" if isinstance(move, Exchange) else f"copy {source} to {to}"
 
@@ -290,20 +333,39 @@ _CONTENTS: tuple[SegmentContent, ...] = ("kernel", "initrd", "fdt", "elfcorehdr"
 
 
 def _move_to_json(move: Move) -> dict[str, str]:
-    fields = {"move": type(move).__name__.lower(), "dst": hex(move.dst)}
-    if not isinstance(move, Put):
-        fields["src"] = hex(move.src)
-    return {**fields, "size": hex(move.size)}
+    return {"move": type(move).__name__.lower(), **{name: hex(value) for name, value in asdict(move).items()}}
 
 
 def _move_from_json(raw: Any) -> Move:
-    name = _one_of(raw["move"], ("copy", "exchange", "put"))
-    dst, size = _number(raw["dst"]), _number(raw["size"])
-    if size == 0:
+    kind = {"copy": Copy, "exchange": Exchange, "put": Put, "check": Check}[
+        _one_of(raw["move"], ("copy", "exchange", "put", "check"))
+    ]
+    values = {field.name: _number(raw[field.name]) for field in fields(kind)}
+    if values["size"] == 0:
         raise ValueError("a move of nothing")
-    if name == "put":
-        return Put(dst, size)
-    return (Copy if name == "copy" else Exchange)(dst, _number(raw["src"]), size)
+    return cast("Move", kind(**values))
+
+
+def _services_to_json(services: Services) -> dict[str, Any]:
+    return {
+        "kind": services.kind,
+        "console": None if services.console is None else hex(services.console),
+        "opal": [hex(value) for value in services.opal],
+        "rtas": [hex(value) for value in services.rtas],
+        "rtas_reboot": hex(services.rtas_reboot),
+        "rtas_nmi": hex(services.rtas_nmi),
+    }
+
+
+def _services_from_json(raw: Any) -> Services:
+    return Services(
+        kind=_one_of(raw["kind"], ("none", "papr", "opal")),
+        console=None if raw["console"] is None else _number(raw["console"]),
+        opal=_pair(raw["opal"]),
+        rtas=_pair(raw["rtas"]),
+        rtas_reboot=_number(raw["rtas_reboot"]),
+        rtas_nmi=_number(raw["rtas_nmi"]),
+    )
 
 
 def _one_of(value: Any, allowed: tuple[_T, ...]) -> _T:
@@ -335,6 +397,11 @@ def _bool(value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{value!r} is neither true nor false")
     return value
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    first, second = _list(value, 2)
+    return _number(first), _number(second)
 
 
 def _list(value: Any, length: int | None = None) -> list[Any]:
