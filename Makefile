@@ -5,6 +5,7 @@
 #   make check    the quick part of it: lint, types, unit tests
 #   make matrix   every supported machine and kernel (10 to 20 minutes); writes the README's table
 #   make bench    a drill against the two boots it contains
+#   make bench-purgatory  the purgatory alone, on thousands of generated plans (a minute or two)
 #   make wheel    the distributable package, in dist/
 #   make purgatory  assemble the purgatory after a change of purgatory.S
 
@@ -22,7 +23,7 @@ define need
 	  { echo "cannot install $(2): install it by hand, then run make again" >&2; exit 3; }; }
 endef
 
-.PHONY: setup qemu binutils drill test check matrix bench wheel purgatory clean
+.PHONY: setup qemu binutils drill test check matrix bench bench-purgatory wheel purgatory clean
 
 setup: $(VENV)/.ready
 
@@ -60,7 +61,10 @@ matrix: setup qemu
 	$(BIN)/crashkernel matrix --update README.md
 
 bench: setup qemu
-	$(BIN)/crashkernel bench
+	$(BIN)/crashkernel bench drill
+
+bench-purgatory: setup qemu
+	$(BIN)/crashkernel bench purgatory
 
 wheel: setup
 	$(BIN)/python -m build --wheel --outdir dist .

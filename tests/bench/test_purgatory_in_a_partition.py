@@ -4,11 +4,15 @@ K1's stubs register a virtual processor area, an SLB shadow buffer and a dispatc
 as a kernel does, and leave them registered, as a kernel that dies does.
 """
 
+import contextlib
+
 import pytest
 
-from crashkernel.machine import HEAD_SIZE
+from crashkernel.bench.cpus import MIB
+from crashkernel.bench.stubs import MONITOR, START_BOX, STUB_SIZE, Code, k2_code
+from crashkernel.machine import HEAD_SIZE, Services
 from crashkernel.placement.moves import Exchange, Put
-from support.bench import ARRIVED, CPUS, MIB, QUIET, START_BOX, STUBS, Code, Crash
+from support.bench import QUIET, case
 
 pytestmark = pytest.mark.bench
 
@@ -17,9 +21,9 @@ VPA, DTL, SLB_SHADOW = 1, 2, 3  # functions of H_REGISTER_VPA (PAPR 14.11.3.2); 
 H_SUCCESS, H_RESOURCE = 0, (-16) & 0xFFFFFFFFFFFFFFFF
 START_CPU = 0x2006  # QEMU's token of start-cpu
 AREAS = 0x40000  # K1's, a page for each kind and CPU
-RTAS_ARGUMENTS = QUIET + 0x3F800
+RTAS_ARGUMENTS = QUIET + 0x50000
 EYE_CATCHER = b"\xd3\x97\xd7\x81"
-MOVES = (Put(0, HEAD_SIZE), Exchange(0, 6 * MIB, 2 * MIB))
+MOVES = (Put(0, 0, HEAD_SIZE), Exchange(0, 6 * MIB, 2 * MIB))
 RESULTS = START_BOX + 0x40
 
 
@@ -61,26 +65,31 @@ def k2(cpus: int):
     return after
 
 
-def crash(cpus: int, *, little: bool = False, partition: bool = True, **settings) -> Crash:
-    words = (START_CPU, 3, 1, 1, STUBS + 0x400, 1, 0xFFFFFFFF)
+@contextlib.contextmanager
+def crash(machine_of, cpus, *, little=False, firmware="papr", registered=True):
+    """All CPUs on their way. The hypervisor is a new one each time: it remembers areas, and CPUs that were started."""
+    words = (START_CPU, 3, 1, 1, MONITOR + STUB_SIZE, 1, 0xFFFFFFFF)
     places = [(RTAS_ARGUMENTS, b"".join(word.to_bytes(4, "big") for word in words))]
     places += [(area(cpu, f), area_bytes(f)) for cpu in range(cpus) for f in (VPA, DTL, SLB_SHADOW)]
-    return Crash(
-        CPUS["partition"],
+    dead = case(
         MOVES,
         entry=0,
         k2_at=6 * MIB,
+        k2=k2_code(more=k2(cpus)),
         little=little,
         ids=tuple(range(cpus)),
-        comes=(True,) * (cpus - 1),
         slaves=cpus - 1,
         slave_timeout=1 << 40,
-        partition=partition,
-        places=tuple(places),
-        before=k1(cpus > 1),
-        after=k2(cpus),
-        **settings,
+        services=Services(firmware),
+        places=tuple(places) if registered else (),
+        **({"before": k1(cpus > 1)} if registered else {}),
     )
+    machine = machine_of("partition", 2)
+    with machine.case(dead) as run:
+        for number in range(cpus):
+            run.release(number)
+        yield run
+    machine.stop()
 
 
 def hypervisor_s(cpus: int) -> list[tuple[int, int]]:
@@ -92,30 +101,30 @@ def hypervisor_s(cpus: int) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("little", [False, True], ids=["BE", "LE"])
 @pytest.mark.parametrize("cpus", [1, 2])
 class TestAreas:
-    def test_they_are_taken_back_before_anything_moves(self, tmp_path, cpus, little):
-        with crash(cpus, little=little).run(tmp_path) as run:
+    def test_they_are_taken_back_before_anything_moves(self, machine_of, cpus, little):
+        with crash(machine_of, cpus, little=little) as run:
             run.finish()
             for cpu in range(cpus):
                 for function in (VPA, SLB_SHADOW, DTL):
-                    assert run.u64(RESULTS + 0x40 * cpu + 8 * function) == H_SUCCESS, "K1's stub could not register them"
+                    result = run.machine.u64(RESULTS + 0x40 * cpu + 8 * function)
+                    assert result == H_SUCCESS, "K1's stub could not register them"
                 # refused because the VPA is gone: the hypervisor knows no area of this CPU any more
-                assert run.u64(RESULTS + 0x200 + 8 * cpu) == H_RESOURCE
-            assert run.u32(ARRIVED) == cpus - 1
+                assert run.machine.u64(RESULTS + 0x200 + 8 * cpu) == H_RESOURCE
+            assert run.arrived == cpus - 1
             if cpus > 1:
                 assert run.slave(1)["r3"] == 1
-            run.check(except_at=hypervisor_s(cpus))
+            assert list(run.wrong_memory(except_at=hypervisor_s(cpus))) == []
 
-    def test_without_hypercalls_they_would_stay(self, tmp_path, cpus, little):
-        """The test above can see the difference: `partition` off leaves the areas where they are."""
-        with crash(cpus, little=little, partition=False).run(tmp_path) as run:
+    def test_without_hypercalls_they_would_stay(self, machine_of, cpus, little):
+        """The test above can see the difference: a purgatory that knows of no hypervisor leaves the areas where they are."""
+        with crash(machine_of, cpus, little=little, firmware="none") as run:
             run.finish()
-            assert [run.u64(RESULTS + 0x200 + 8 * cpu) for cpu in range(cpus)] == [H_SUCCESS] * cpus
+            results = [run.machine.u64(RESULTS + 0x200 + 8 * cpu) for cpu in range(cpus)]
+            assert results == [H_SUCCESS] * cpus
 
 
-def test_areas_that_were_never_registered_are_no_obstacle(tmp_path):
-    bare = Crash(CPUS["partition"], MOVES, entry=0, k2_at=6 * MIB, partition=True, slave_timeout=1 << 40, ids=(0,), after=k2(1))
-    with bare.run(tmp_path) as run:
-        registers = run.finish()
-        assert registers["r4"] == 0
-        assert run.u64(RESULTS + 0x200) == H_RESOURCE
-        run.check()
+def test_areas_that_were_never_registered_are_no_obstacle(machine_of):
+    with crash(machine_of, 1, registered=False) as run:
+        assert run.finish()["r4"] == 0
+        assert run.machine.u64(RESULTS + 0x200) == H_RESOURCE
+        assert list(run.wrong_memory()) == []

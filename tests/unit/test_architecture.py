@@ -23,13 +23,13 @@ STOREYS = (
     ("loader",),
     ("capture", "report"),
     ("drill",),
-    ("campaign",),
+    ("bench", "campaign"),
     ("cli", "__main__"),
 )
 HEIGHT = {room: height for height, rooms in enumerate(STOREYS) for room in rooms}
 
 # Everything else starts on a bare Python in an initramfs.
-ENGINEERS_ROOMS = {"drill", "campaign"}
+ENGINEERS_ROOMS = {"drill", "bench", "campaign"}
 
 MODULES = {
     ".".join((PACKAGE, *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path

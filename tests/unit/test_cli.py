@@ -16,7 +16,7 @@ from crashkernel.cli import main, rescue
 from crashkernel.errors import CrashkernelError
 from crashkernel.formats.fdt import DeviceTree
 from crashkernel.memory import Range
-from crashkernel.placement.plan import LoadPlan
+from crashkernel.placement.plan import DAMAGE_POLICIES, LoadPlan
 from support.machines import MIB, memory_node, small_plan, tree, vmlinux
 
 
@@ -110,11 +110,36 @@ def test_options_that_are_no_text(files, capsys):
     assert LoadPlan.from_json(capsys.readouterr().out).cmdline.startswith(option + " ")
 
 
+@pytest.mark.parametrize(
+    ("options", "policy"),
+    [
+        ([], "reboot"),
+        (["--on-damage", "halt"], "halt"),
+        (["--on-damage", "reboot"], "reboot"),
+        (["--on-damage", "continue"], "continue"),
+    ],
+)
+def test_what_to_do_about_damage(files, capsys, options, policy):
+    assert main(plan_arguments(files, "--json", *options)) == 0
+    assert LoadPlan.from_json(capsys.readouterr().out).on_damage == policy
+
+
+@pytest.mark.parametrize("command", ["plan", "load"])
+def test_a_way_to_deal_with_damage_that_there_is_not(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--on-damage", "ignore"])
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert "argument --on-damage: invalid choice: 'ignore'" in said
+    assert all(policy in said for policy in DAMAGE_POLICIES)
+
+
 def test_the_help_names_what_happens_without_the_option(capsys):
     with pytest.raises(SystemExit):
         main(["load", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "with --kernel: none" in text
+    assert "halt, reboot, or enter K2 all the same (default: reboot)" in text
     assert "without crashkernel=, elfcorehdr=, fadump=, BOOT_IMAGE=, and 'maxcpus=1 irqpoll reset_devices' added" in text
 
 
@@ -132,6 +157,8 @@ class TestBadInput:
             ("host.dtb", DeviceTree(tree(platform="chrp")).to_bytes(), "not a PowerNV or PAPR machine"),
             ("host.dtb", DeviceTree(tree(region=None)).to_bytes(), "no memory is reserved"),
             ("host.dtb", DeviceTree(tree(region=Range(64 * MIB, 65 * MIB))).to_bytes(), "does not fit"),
+            ("host.dtb", DeviceTree(tree(region=Range(0, 512 * MIB))).to_bytes(), "leaves K1 no page at 0"),
+            ("host.dtb", DeviceTree(tree(region=Range(0x800, 512 * MIB))).to_bytes(), "leaves K1 no page at 0"),
         ],
     )
     def test_a_bad_file(self, files, capsys, name, content, says):

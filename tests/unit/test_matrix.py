@@ -26,6 +26,12 @@ def test_a_row_has_a_cell_for_each_column():
     assert len({line.count("|") for line in table}) == 1
 
 
+def test_a_row_says_how_many_cpus_k2_ran_on():
+    four = next(case.twin for case in CASES if case.twin.smp == 4)
+    assert "| 4, 1 |" in markdown_row(four, "6.1", ["PASS", "PASS"])
+    assert "| 4, 4 |" in markdown_row(four, "6.1", ["PASS", "PASS"], all_cpus=True)
+
+
 def test_the_table_replaces_the_one_before(tmp_path):
     document = tmp_path / "README.md"
     document.write_text("above\n<!-- matrix: begin, written by `make matrix` -->\nold\n<!-- matrix: end -->\nbelow\n")

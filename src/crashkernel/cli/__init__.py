@@ -1,7 +1,7 @@
 """The `crashkernel` command: the only room that prints or exits.
 
 `rescue` holds what runs on the POWER host and in its initramfs (plan, load, status, unload); `twin` what runs on the
-engineer's machine (drill, matrix, bench). The latter and its dependencies are only imported when asked for.
+engineer's machine (drill, matrix), `bench` too. The latter and their dependencies are only imported when asked for.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     rescue.add_commands(commands)
     # In an initramfs neither the drill nor what it stands on is there; and parsing `load` needs none of it.
     if not argv or argv[0] not in rescue.COMMANDS:
-        from crashkernel.cli.twin import add_commands  # noqa: PLC0415
+        from crashkernel.cli import bench, twin  # noqa: PLC0415
 
-        add_commands(commands)
+        twin.add_commands(commands)
+        bench.add_commands(commands)
     return parser

@@ -1,4 +1,4 @@
-"""drill, matrix, bench: for the engineer's machine, with QEMU and this package's `drill` extra."""
+"""drill, matrix, bench drill: for the engineer's machine, with QEMU and this package's `drill` extra."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from crashkernel.drill.twin import CPUS, MACHINES, MMUS, Twin
 from crashkernel.errors import CrashkernelError, EnvironmentFault, StageFailed, UsageError
 from crashkernel.memory import parse_size
 from crashkernel.placement.image import KernelImage
-from crashkernel.placement.plan import PLACEMENTS, PlacementName
+from crashkernel.placement.plan import DAMAGE_POLICIES, PLACEMENTS, PlacementName
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from crashkernel.drill.debian import Kernel
     from crashkernel.drill.guest import Userland
-    from crashkernel.drill.scenario import Outcome, Stage
+    from crashkernel.drill.scenario import Outcome, Scenario, Stage
     from crashkernel.drill.verdict import Verdict
 
 _GOAL = 1.5  # times the bare twin, at 2 GiB
@@ -38,6 +38,7 @@ _DRILL_EPILOG = """examples:
   crashkernel drill --kernel debian:trixie debian:trixie/powerpc64le-64k debian:sid
   crashkernel drill --kernel ./vmlinux              your own kernel; modules in ../lib/modules/RELEASE
   crashkernel drill --cpu POWER8 --smp 2 --memory 4G --crashkernel 256M@128M
+  crashkernel drill --flip initrd                   is a damaged initramfs noticed at the panic?
   crashkernel drill --judge out                     judge a kept drill once more
 
 A drill boots K1 in QEMU, loads K2 with `crashkernel load`, crashes K1, stops the twin at the purgatory's
@@ -49,7 +50,7 @@ exit status: 0 every drill passed, 1 one failed, 2 usage, 3 this machine lacks s
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the three commands to the parser."""
+    """Add drill and matrix to the parser."""
     drill = commands.add_parser(
         "drill",
         help="crash a virtual twin and prove its dump byte for byte",
@@ -66,6 +67,15 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="debian:SUITE[/FLAVOUR] or the path of a vmlinux, as K1 and K2 (default: debian:bookworm)",
     )
     _add_twin(drill)
+    drill.add_argument("--all-cpus", action="store_true", help="K2 starts every CPU (default: only the one that crashed)")
+    drill.add_argument(
+        "--flip",
+        choices=("kernel", "initrd", "fdt", "elfcorehdr", "purgatory"),
+        help="flip one bit, anywhere in this, once K1 is dead: passes if the purgatory says so on the console",
+    )
+    drill.add_argument(
+        "--on-damage", choices=DAMAGE_POLICIES, default="reboot", help="then, as for `crashkernel load` (default: %(default)s)"
+    )
     drill.add_argument("--keep", type=Path, metavar="DIR", help="leave dump, truth, plan and console in DIR/PLACEMENT")
     drill.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON ('-' for standard output)")
     drill.add_argument("--judge", type=Path, metavar="DIR", help="run nothing: judge the drill kept in DIR again")
@@ -82,11 +92,14 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     matrix.add_argument("--json", type=Path, metavar="FILE", help="write all results as JSON")
     matrix.set_defaults(run=_matrix)
 
-    bench = commands.add_parser(
-        "bench",
+
+def add_bench(benches: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `bench drill`."""
+    bench = benches.add_parser(
+        "drill",
         help="measure a drill against the two boots it contains",
         description="Measure drills against a bare twin that boots, crashes and boots K2 with kexec-tools, run in turn.",
-        epilog="example:\n  crashkernel bench --runs 5",
+        epilog="example:\n  crashkernel bench drill --runs 5",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     bench.add_argument("--kernel", default="debian:bookworm", metavar="KERNEL", help="default: %(default)s")
@@ -108,15 +121,15 @@ def _drill(arguments: argparse.Namespace) -> int:
     if arguments.judge is not None:
         return _judge(arguments.judge)
     twin = _twin(arguments)
-    from crashkernel.drill.scenario import require_keepable  # noqa: PLC0415
+    from crashkernel.drill.scenario import Scenario, require_keepable  # noqa: PLC0415
 
     if arguments.json is not None and str(arguments.json) != "-":
-        _require_writable(arguments.json)
+        require_writable(arguments.json)
     if arguments.keep is not None:
         require_keepable(arguments.keep)
     placements = PLACEMENTS if arguments.placement == "both" else (cast("PlacementName", arguments.placement),)
     display = _Display(to_stderr=str(arguments.json) == "-")
-    with _terminable():
+    with terminable():
         kernels, userland = _prepare(arguments.kernel, display)
         outcomes = []
         for kernel in kernels:
@@ -126,13 +139,17 @@ def _drill(arguments: argparse.Namespace) -> int:
                 if keep is not None:
                     keep = keep / kernel.name / placement if len(kernels) > 1 else keep / placement
                     require_keepable(keep)
-                outcomes.append(_run(twin, kernel, placement, userland, display, keep))
+                scenario = Scenario(
+                    twin, kernel, kernel, placement, keep,
+                    all_cpus=arguments.all_cpus, flip=arguments.flip, on_damage=arguments.on_damage,
+                )  # fmt: skip
+                outcomes.append(_run(scenario, userland, display))
     _write_json(arguments.json, outcomes)
     return 0 if all(outcome.passed for outcome in outcomes) else 1
 
 
 def _judge(directory: Path) -> int:
-    _require_extra()
+    require_extra("numpy", "qemu", "rich")
     from crashkernel.drill.record import judge_kept  # noqa: PLC0415
 
     display = _Display()
@@ -143,14 +160,15 @@ def _judge(directory: Path) -> int:
 
 
 def _matrix(arguments: argparse.Namespace) -> int:
-    _require_extra()
+    require_extra("numpy", "qemu", "rich")
     from crashkernel.drill.matrix import CASES, markdown_row, markdown_table, result_cell, update_document  # noqa: PLC0415
+    from crashkernel.drill.scenario import Scenario  # noqa: PLC0415
 
     display = _Display()
     rows: list[str] = []
     outcomes: list[Outcome] = []
     complete = True
-    with _terminable():
+    with terminable():
         for number, case in enumerate(CASES, 1):
             twin, release = case.twin, case.kernel
             try:
@@ -158,14 +176,15 @@ def _matrix(arguments: argparse.Namespace) -> int:
                 span = KernelImage.from_bytes(kernel.vmlinux.read_bytes(), str(kernel.vmlinux)).span
                 twin, release = case.resolved(span), kernel.name
                 display.title(f"{number} of {len(CASES)}: {release} on {twin.title}")
-                results = [_run(twin, kernel, placement, userland, display, None) for placement in PLACEMENTS]
+                scenarios = [Scenario(twin, kernel, kernel, placement, all_cpus=case.all_cpus) for placement in PLACEMENTS]
+                results = [_run(scenario, userland, display) for scenario in scenarios]
                 cells = [result_cell(outcome) for outcome in results]
                 outcomes += results
             except CrashkernelError as error:  # one kernel that cannot be had does not cost the others
                 complete = False
                 cells = [f"not run: {error.message}"] * len(PLACEMENTS)
                 display.line(f"not run: {error}", style="bold red")
-            rows.append(markdown_row(twin, release, cells))
+            rows.append(markdown_row(twin, release, cells, all_cpus=case.all_cpus))
             _write_json(arguments.json, outcomes)
     table = markdown_table(rows)
     print(table)
@@ -175,15 +194,15 @@ def _matrix(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    _require_extra()
-    from crashkernel.drill.scenario import run_bare  # noqa: PLC0415
+    require_extra("numpy", "qemu", "rich")
+    from crashkernel.drill.scenario import Scenario, run_bare  # noqa: PLC0415
 
     if arguments.runs < 1:
         raise UsageError("--runs must be at least 1")
     twin = _twin(arguments)
     display = _Display()
     ratios: dict[PlacementName, list[float]] = {placement: [] for placement in PLACEMENTS}
-    with _terminable():
+    with terminable():
         (kernel,), userland = _prepare([arguments.kernel], display, kexec_tools=True)
         display.title(f"{kernel.name} on {twin.title}")
         for _ in range(arguments.runs):
@@ -193,7 +212,7 @@ def _bench(arguments: argparse.Namespace) -> int:
                 raise bare.failure
             display.line(f"bare twin, kexec-tools: {bare.seconds:.1f} s")
             for placement in PLACEMENTS:
-                outcome = _run(twin, kernel, placement, userland, display, None)
+                outcome = _run(Scenario(twin, kernel, kernel, placement), userland, display)
                 if not outcome.passed:
                     raise StageFailed("bench", f"the {placement} drill failed, so its time means nothing")
                 ratios[placement].append(outcome.seconds / bare.seconds)
@@ -206,19 +225,17 @@ def _bench(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _run(
-    twin: Twin, kernel: Kernel, placement: PlacementName, userland: Userland, display: _Display, keep: Path | None
-) -> Outcome:
-    from crashkernel.drill.scenario import Scenario, run_drill  # noqa: PLC0415
+def _run(scenario: Scenario, userland: Userland, display: _Display) -> Outcome:
+    from crashkernel.drill.scenario import run_drill  # noqa: PLC0415
 
-    with display.drill(placement) as tell:
-        outcome = run_drill(Scenario(twin, kernel, kernel, placement, keep), userland, tell)
+    with display.drill(scenario.placement) as tell:
+        outcome = run_drill(scenario, userland, tell)
     display.outcome(outcome)
     return outcome
 
 
 def _twin(arguments: argparse.Namespace) -> Twin:
-    _require_extra()
+    require_extra("numpy", "qemu", "rich")
     own_cpu = {"powernv9": "POWER9", "powernv10": "POWER10"}
     cpu = arguments.cpu or own_cpu.get(arguments.machine, "POWER9")
     mmu = arguments.mmu or ("hash" if cpu == "POWER8" else "radix")
@@ -236,14 +253,15 @@ def _prepare(specs: list[str], display: _Display, *, kexec_tools: bool = False) 
         return [resolve_kernel(spec, progress=tell) for spec in specs], fetch_userland(progress=tell, kexec_tools=kexec_tools)
 
 
-def _require_extra() -> None:
-    missing = [name for name in ("numpy", "qemu", "rich") if importlib.util.find_spec(name) is None]
+def require_extra(*names: str) -> None:
+    """Refuse with what to install, if one of these packages is not there."""
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        raise EnvironmentFault(f"the drill needs {', '.join(missing)}", hint="pip install 'crashkernel[drill]'")
+        raise EnvironmentFault(f"this command needs {', '.join(missing)}", hint="pip install 'crashkernel[drill]'")
 
 
-def _require_writable(path: Path) -> None:
-    # said before the drill, not after it
+def require_writable(path: Path) -> None:
+    """Refuse a path for results that cannot be written: before the drill, not after it."""
     if not path.absolute().parent.is_dir() or path.is_dir():
         raise UsageError(f"cannot write {path}", hint="give the name of a file in an existing directory")
 
@@ -270,7 +288,7 @@ def _write_json(path: Path | None, outcomes: list[Outcome]) -> None:
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
+def terminable() -> Iterator[None]:
     """SIGTERM and SIGHUP end a drill like Ctrl-C does: QEMU and the working directory go with it."""
 
     def interrupt(_number: int, _frame: object) -> None:
@@ -332,6 +350,9 @@ class _Display:
                 self.line(f"  likely cause: {failure.hint}")
             for text in failure.console[-12:]:
                 self.line(f"  console | {text}", style="dim")
+        if outcome.told is not None:
+            self.line(f"  a bit of the {outcome.scenario.flip} was flipped; the purgatory said")
+            self.line(f"  console | {outcome.told}", style="dim")
         if outcome.verdict is not None:
             self.verdict(outcome.verdict)
         if outcome.dump is not None:

@@ -3,13 +3,14 @@
 #
 # It speaks to the host over the virtio-serial port named "crashkernel", one line a message:
 #
+#   k2-cpus LIST         the CPUs online, as in "0-3"
 #   k2-up UPTIME        the capture kernel runs this script, UPTIME seconds after its start
 #   vmcore BYTES        the size of /proc/vmcore
 #   progress BYTES      so much is on the disk; about once a second
 #   saved BYTES STATUS  all BYTES are on the disk and flushed; STATUS is dd's, 0
 #   failed REASON       it did not work; nothing else follows
 #
-# With crashkernel.mode=bare on its command line it only says k2-up, for measuring the way here.
+# With crashkernel.mode=bare on its command line it only says these two, for measuring the way here.
 #
 # /bin/sh is busybox; the applets used are links made by the image's builder (guest.py: CAPTURE_APPLETS).
 export PATH=/bin
@@ -19,6 +20,8 @@ up=$(uptime)
 [ -e /proc/vmcore ] || fail "no /proc/vmcore: this kernel was not started by a crash"
 open_port
 
+read -r online </sys/devices/system/cpu/online
+say "k2-cpus $online"
 say "k2-up $up"
 read -r cmdline </proc/cmdline
 case " $cmdline " in

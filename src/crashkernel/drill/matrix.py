@@ -25,6 +25,7 @@ class Case:
 
     kernel: str
     twin: Twin
+    all_cpus: bool = False  # in K2 too
 
     def resolved(self, kernel_span: int) -> Twin:
         """The twin with `BEHIND_K1` replaced by the first MiB behind a K1 of `kernel_span` bytes."""
@@ -41,10 +42,14 @@ CASES = (
     Case(BOOKWORM, replace(_TWIN, cpu="POWER10")),
     Case(BOOKWORM, replace(_TWIN, smp=2)),
     Case(BOOKWORM, replace(_TWIN, smp=4)),
+    Case(BOOKWORM, replace(_TWIN, smp=4), all_cpus=True),
+    Case(BOOKWORM, replace(_TWIN, smp=4, mmu="hash")),
+    Case(BOOKWORM, replace(_TWIN, smp=4, mmu="hash"), all_cpus=True),
     Case(TRIXIE, _TWIN),
     Case(TRIXIE_64K, _TWIN),
     Case(SID, _TWIN),
     Case(BOOKWORM, replace(_TWIN, machine="powernv9")),
+    Case(BOOKWORM, replace(_TWIN, machine="powernv9", smp=4), all_cpus=True),
     Case(BOOKWORM, replace(_TWIN, memory=1 * _GIB)),
     Case(BOOKWORM, replace(_TWIN, memory=4 * _GIB)),
     Case(BOOKWORM, replace(_TWIN, crashkernel="256M@128M")),
@@ -54,14 +59,14 @@ CASES = (
 _BEGIN, _END = "<!-- matrix: begin, written by `make matrix` -->", "<!-- matrix: end -->"
 
 
-def markdown_row(twin: Twin, release: str, cells: list[str]) -> str:
+def markdown_row(twin: Twin, release: str, cells: list[str], *, all_cpus: bool = False) -> str:
     """One line of the table; `cells` are the results of both placements."""
     machine = f"{twin.machine} {twin.cpu}" if twin.machine == "pseries" else twin.machine
     columns = [
         release,
         machine,
         twin.mmu,
-        str(twin.smp),
+        f"{twin.smp}, {twin.smp if all_cpus else 1}",
         format_size(twin.memory),
         f"`{twin.crashkernel}`",
         *cells,
@@ -81,7 +86,7 @@ def result_cell(outcome: Outcome) -> str:
 
 def markdown_table(rows: list[str]) -> str:
     """The table with its head. A PASS is followed by how much memory was compared."""
-    head = ("K1 = K2", "machine", "MMU", "CPUs", "memory", "crashkernel=", "zero", "reserved")
+    head = ("K1 = K2", "machine", "MMU", "CPUs K1, K2", "memory", "crashkernel=", "zero", "reserved")
     return "\n".join([f"| {' | '.join(head)} |", f"| {' | '.join('---' for _ in head)} |", *rows])
 
 

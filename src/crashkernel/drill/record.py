@@ -28,6 +28,8 @@ def outcome_record(outcome: Outcome) -> dict[str, Any]:
         "placement": outcome.scenario.placement,
         "verdict": "PASS" if outcome.passed else "FAIL",
         **verdict_record(verdict),
+        "flipped": outcome.scenario.flip,
+        "told": outcome.told,
         "failure": None
         if failure is None
         else {"stage": failure.stage, "message": failure.message, "likely": failure.hint, "console": list(failure.console)},

@@ -32,12 +32,14 @@ from crashkernel.drill.verdict import Truth, Verdict, judge
 from crashkernel.errors import EnvironmentFault, FormatError, StageFailed, UsageError
 from crashkernel.machine import HEAD_SIZE, Region
 from crashkernel.memory import Range, format_size
-from crashkernel.placement.plan import LoadPlan, PlacementName
+from crashkernel.placement.plan import DamagePolicy, LoadPlan, PlacementName, SegmentContent
+from crashkernel.purgatory import STATE_OFFSET
 
 if TYPE_CHECKING:
     from crashkernel.drill.debian import Kernel
 
-CAPTURE_CMDLINE = "console=hvc0 maxcpus=1 irqpoll reset_devices rdinit=/init"
+CAPTURE_CMDLINE = "console=hvc0 irqpoll reset_devices rdinit=/init"
+_ONE_CPU = " maxcpus=1"
 _CRASHED_PID = 1  # the drill's init crashes K1 itself
 
 
@@ -54,7 +56,8 @@ BOOT_K1 = Stage("K1 boot", 300, "does this kernel boot on this machine model and
 LOAD = Stage("load", 180, "the loader's own message says what to change")
 CRASH = Stage("crash", 120, "K1 did not reach the purgatory: did the panic take another path (fadump, panic_timeout)?")
 COPY_TRUTH = Stage("truth", 120, "the host could not copy the twin's memory: is there room for it?")
-HANDOVER = Stage("handover", 120, "the purgatory did not reach K2's first instruction")
+HANDOVER = Stage("handover", 120, "the purgatory did not reach K2's first instruction: its last line on the console says where")
+DAMAGE = Stage("damage", 120, "the purgatory said nothing of the flipped bit")
 BOOT_K2 = Stage("K2 boot", 300, "K2 started but did not come up: too little memory in crashkernel=, or a wrong device tree")
 CAPTURE = Stage("capture", 900, "K2 could not save /proc/vmcore to its disk")
 VERIFY = Stage("verify", 600, "")
@@ -69,15 +72,19 @@ class Scenario:
     k2: Kernel
     placement: PlacementName
     keep: Path | None = None
+    all_cpus: bool = False  # K2 starts every CPU, not only the one that crashed
+    on_damage: DamagePolicy = "reboot"
+    flip: SegmentContent | None = None  # flip a bit of this once K1 is dead: the purgatory is to say so
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What a drill showed. `verdict` is None when a stage failed before there was a dump."""
+    """What a drill showed. `verdict` is None when a stage failed before there was a dump, or K2 was not to be entered."""
 
     scenario: Scenario
     stages: dict[str, float] = field(default_factory=dict)  # seconds
     verdict: Verdict | None = None
+    told: str | None = None  # the purgatory's own line about the flipped bit
     failure: StageFailed | None = None
     plan: LoadPlan | None = None
     dump: Path | None = None
@@ -86,7 +93,9 @@ class Outcome:
     @property
     def passed(self) -> bool:
         """Whether the drill proved what it is for."""
-        return self.failure is None and self.verdict is not None and self.verdict.passed
+        if self.failure is not None:
+            return False
+        return self.told is not None if self.scenario.flip else self.verdict is not None and self.verdict.passed
 
 
 Listener = Callable[[Stage, str], None]
@@ -184,12 +193,22 @@ async def _drill(scenario: Scenario, userland: Userland, wiring: Wiring, outcome
             await _run_until(machine, debugger, purgatory)
         async with clock.stage(COPY_TRUTH, machine):
             await asyncio.to_thread(_copy_sparse, wiring.ram, wiring.directory / TRUTH)
+        if scenario.flip is not None:
+            async with clock.stage(DAMAGE, machine) as note:
+                note(f"bit flipped at {_flip(wiring.ram, plan, scenario.flip):#x}")
+                machine.spoke.clear()
+                await debugger.detach()
+                outcome.told = await _told(machine, scenario.flip)
+                if scenario.on_damage == "reboot":
+                    await machine.process.wait()  # the twin ends where a machine would reboot
+            return
         async with clock.stage(HANDOVER, machine):
             await _run_until(machine, debugger, plan.entry)
             machine.spoke.clear()
             await debugger.detach()
         async with clock.stage(BOOT_K2, machine):
             await _first_words(machine, wiring.ram, plan)
+            _require_cpus(await _expect(machine, "k2-cpus"), scenario)
             await _expect(machine, "k2-up")
         async with clock.stage(CAPTURE, machine) as note:
             size = int(await _expect(machine, "vmcore"))
@@ -291,7 +310,8 @@ async def _bare(scenario: Scenario, userland: Userland, wiring: Wiring, outcome:
 def _build(scenario: Scenario, userland: Userland, wiring: Wiring, nonce: bytes, loader: Loader) -> Path:
     directory = wiring.directory
     capture = build_capture_image(scenario.k2, userland, directory / "capture.cpio")
-    append = CAPTURE_CMDLINE + (" crashkernel.mode=bare" if loader == "kexec-tools" else "")
+    cmdline = CAPTURE_CMDLINE + ("" if scenario.all_cpus else _ONE_CPU)
+    append = cmdline + (" crashkernel.mode=bare" if loader == "kexec-tools" else "")
     return build_crash_image(
         scenario.k1,
         scenario.k2,
@@ -304,7 +324,8 @@ def _build(scenario: Scenario, userland: Userland, wiring: Wiring, nonce: bytes,
             f"--placement={scenario.placement}",
             "--kernel=/boot/vmlinux",
             "--initrd=/boot/initrd",
-            f"--append={CAPTURE_CMDLINE}",
+            f"--append={cmdline}",
+            f"--on-damage={scenario.on_damage}",
         ),
         append=append,
     )
@@ -372,6 +393,40 @@ async def _run_until(machine: RunningTwin, debugger: Debugger, address: int) -> 
         if await machine.in_real_mode_at(address):
             return
         await debugger.step()  # past it, or it would stop there for ever
+
+
+def _flip(ram: Path, plan: LoadPlan, content: SegmentContent) -> int:
+    """Flip one bit, anywhere, of what was loaded as `content`; its address."""
+    segment = plan.segment(content).range
+    size = STATE_OFFSET if content == "purgatory" else segment.size  # behind that it keeps its own notes
+    at = segment.start + secrets.randbelow(size)
+    with ram.open("r+b", buffering=0) as file:
+        file.seek(at)
+        byte = file.read(1)[0] ^ 1 << secrets.randbelow(8)
+        file.seek(at)
+        file.write(bytes([byte]))
+    return at
+
+
+async def _told(machine: RunningTwin, content: SegmentContent) -> str:
+    """Wait for the purgatory's line about damage; a K2 that is entered without one is the failure looked for."""
+    while True:
+        await machine.spoke.wait()
+        machine.spoke.clear()
+        lines = [line for line in machine.console if line.startswith("crashkernel: ")]
+        for line in lines:
+            if "DAMAGED" in line and content in line:
+                return line
+        if lines and "enter K2" in lines[-1]:
+            raise _GuestSaidNo(f"a bit of the {content} was flipped, and K2 was entered")
+
+
+def _require_cpus(online: str, scenario: Scenario) -> None:
+    # a CPU list as in "0-3" (Documentation/admin-guide/cputopology.rst)
+    wanted = scenario.twin.smp if scenario.all_cpus else 1
+    count = sum(int(last or first) - int(first) + 1 for first, _, last in (part.partition("-") for part in online.split(",")))
+    if count != wanted:
+        raise _GuestSaidNo(f"K2 runs on {count} CPUs ({online}), not on {wanted}")
 
 
 def _read_ram(ram: Path, size: int) -> bytes:
