@@ -170,7 +170,7 @@ class Memory:
     def digest(self, at: int, size: int) -> bytes:
         words = self.bytes[at : at + size].reshape(-1, 16, 4)
         lanes = [zlib.crc32(words[:, lane].tobytes()) ^ 0xFFFFFFFF for lane in range(16)]
-        return b"".join(crc.to_bytes(4, "little") for crc in lanes)
+        return b"".join(crc.to_bytes(4, "little") for crc in (lanes[-1], *lanes[:-1]))
 
     def whole(self, at: int, size: int, wanted: int) -> bool:
         return self.digest(self.purgatory + at, size) == self.read(self.purgatory + wanted, 64)

@@ -61,7 +61,7 @@ def lanes(data: bytes) -> bytes:
     """The digest by its definition, and not by crashkernel.purgatory.digest: sixteen registers of zlib's CRC-32."""
     words = [data[at : at + 4] for at in range(0, len(data), 4)]
     crcs = [zlib.crc32(b"".join(words[lane::16])) ^ 0xFFFFFFFF for lane in range(16)]
-    return struct.pack("<16I", *crcs)
+    return struct.pack("<16I", crcs[-1], *crcs[:-1])
 
 
 def row(image: bytes, number: int) -> tuple[int, int, int, int, bytes, bytes]:
@@ -173,12 +173,16 @@ class TestPack:
             assert lanes(bytes(image)) != wanted, f"{at:#x}"
             image[at] ^= 1 << at % 8
 
-    def test_a_whole_row_in_another_s_place_does_not(self):
-        """A limit: a CRC over data that ends with its own CRC does not depend on the data. What is no row is seen."""
+    def test_a_whole_row_in_another_s_place_shows_too(self):
+        """A CRC over data that ends with its own CRC does not depend on the data: no lane's stands in its own."""
         image = self.packed()
         for other in (self.packed(entry=0), self.packed(fdt=0)):
             assert row(other, 5) != row(image, 5)
-            assert lanes(other[:STATE_OFFSET]) == lanes(image[:STATE_OFFSET])
+            assert lanes(other[:STATE_OFFSET]) != lanes(image[:STATE_OFFSET])
+        first, second = (image[TABLE_OFFSET + 0x100 * number :][:0x100] for number in range(2))
+        for rows in (second + first, first + first, second + second):
+            struck = image[:TABLE_OFFSET] + rows + image[TABLE_OFFSET + 0x200 : STATE_OFFSET]
+            assert lanes(struck) != lanes(image[:STATE_OFFSET])
         for place in (bytes(0x100), b"\xff" * 0x100, image[0x1000:0x1100], image[TABLE_OFFSET + 0x80 : TABLE_OFFSET + 0x180]):
             assert lanes(place[:0xC0]) != place[0xC0:]
             struck = image[:TABLE_OFFSET] + place + image[TABLE_OFFSET + 0x100 : STATE_OFFSET]

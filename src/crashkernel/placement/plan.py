@@ -223,6 +223,8 @@ def check_plan(plan: LoadPlan) -> None:
     for note in plan.notes:
         plan.locate(note)
     _check_checks(plan)
+    if [move for move in plan.moves if move.written][1:2] != [Copy(0, plan.segment("purgatory").range.start, LOW_PAGE)]:
+        raise PlanError("the purgatory's first page does not guard address 0 from the second move on")
 
 
 def _check_move(plan: LoadPlan, move: Move) -> None:

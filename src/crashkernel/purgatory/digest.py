@@ -33,7 +33,8 @@ def digest(data: bytes, size: int) -> bytes:
     """The digest of `data`, followed by zeros up to `size` bytes (a multiple of `BLOCK`), as the purgatory compares it.
 
     64 bytes: for each lane the CRC's register after the last word, before zlib's final inversion, least significant byte
-    first.
+    first. The last lane's comes first: a CRC over data and its own CRC would be the same for all data, so a digest that
+    covered rows with theirs (the image's) would not know one row from another. So each stands in another lane than its own.
     """
     if size % BLOCK or len(data) > size:
         raise ValueError(f"{len(data)} bytes of data in {size}, which must hold it and be a multiple of {BLOCK}")
@@ -45,7 +46,7 @@ def digest(data: bytes, size: int) -> bytes:
         words.frombytes(bytes(piece).ljust(min(_CHUNK, size - start), b"\0") if len(piece) < _CHUNK else piece)
         for lane in range(LANES):
             lanes[lane] = zlib.crc32(words[lane::LANES], lanes[lane])
-    return struct.pack(f"<{LANES}I", *(~crc & 0xFFFFFFFF for crc in lanes))
+    return struct.pack(f"<{LANES}I", *(~crc & 0xFFFFFFFF for crc in (lanes[-1], *lanes[:-1])))
 
 
 @cache

@@ -500,7 +500,8 @@ enter:
 # the registers and the tables hold the CRC's bytes in memory order). A burst of up to 64 bytes leaves at most four
 # neighbouring bytes in each of them, and a CRC-32 misses no burst of 32 bits: see docs/purgatory.md.
 #
-# r3 = address, r4 = bytes (multiple of 64), r5 = the sixteen results to expect. cr0.eq says that they are met.
+# r3 = address, r4 = bytes (multiple of 64), r5 = the sixteen results to expect, that of the last lane first (purgatory/digest.py
+# says why). cr0.eq says that they are met.
 # Clobbers r1-r27 (r1, r2 and r13 are nobody's here), not r0.
         .macro  crc_word lane, offset
         lwz     %r4,\offset(%r3)
@@ -557,22 +558,22 @@ check:
         xor     %r26,%r26,\lane
         or      %r4,%r4,%r26
         .endm
-        compare %r6,0
-        compare %r7,4
-        compare %r8,8
-        compare %r9,12
-        compare %r10,16
-        compare %r11,20
-        compare %r12,24
-        compare %r1,28
-        compare %r14,32
-        compare %r15,36
-        compare %r16,40
-        compare %r17,44
-        compare %r18,48
-        compare %r19,52
-        compare %r20,56
-        compare %r21,60
+        compare %r6,4
+        compare %r7,8
+        compare %r8,12
+        compare %r9,16
+        compare %r10,20
+        compare %r11,24
+        compare %r12,28
+        compare %r1,32
+        compare %r14,36
+        compare %r15,40
+        compare %r16,44
+        compare %r17,48
+        compare %r18,52
+        compare %r19,56
+        compare %r20,60
+        compare %r21,0
         cmpwi   %r4,0
         blr
 
