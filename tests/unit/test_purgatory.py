@@ -39,7 +39,10 @@ SHIPPED = (ROOM / "purgatory.bin").read_bytes()
 BASE = 0x5000000
 SLAVE_ENTRY = 0x60
 """Where K1 sends its other CPUs (kexec_wait, arch/powerpc/kernel/misc_64.S)."""
-VECTORS = range(0x100, 0x1000, 0x80)
+VECTORS = range(0x100, 0xE00, 0x80)
+NARROW = range(0xE00, 0xFA0, 0x20)
+"""The hypervisor's and the facilities' vectors (Power ISA Book III 7.5), which share a tail."""
+TAIL = 0xFA0
 PREFIX = "powerpc64le-linux-gnu-"
 SC_1 = 0x44000022
 SERVICES = Services("papr", 0x71000000, rtas=(0x7000, 0x7040), rtas_reboot=0x2014, rtas_nmi=0x2028)
@@ -354,7 +357,8 @@ def little(tmp_path_factory):
 def little_words() -> set[int]:
     """Where words for little-endian CPUs stand: behind the first two of each switch, up to its end."""
     switches = {at for start in (0, SLAVE_ENTRY) for at in range(start + 8, start + 0x30, 4)}
-    return switches | {at for vector in VECTORS for at in range(vector + 8, vector + 0x38, 4)}
+    switches |= {at for vector in VECTORS for at in range(vector + 8, vector + 0x38, 4)}
+    return switches | {at for vector in NARROW for at in (vector + 8, vector + 0xC)} | set(range(TAIL, TAIL + 0x30, 4))
 
 
 class TestShipped:
@@ -406,7 +410,6 @@ class TestShipped:
         assert any(SHIPPED[0x90:0x100]), "and goes on inside of what K1 copies"
 
     def test_the_vectors_are_alike_but_for_their_number(self, listing):
-        assert len(VECTORS) == 30
         first = bytearray(SHIPPED[0x100:0x180])
         numbers = {at: operands for at, _, name, operands in listing if name == "li" and at % 0x80 == 0x40 and at < LOW_PAGE}
         for vector in VECTORS:
@@ -414,7 +417,23 @@ class TestShipped:
             stub = bytearray(SHIPPED[vector : vector + 0x80])
             stub[0x42:0x44] = first[0x42:0x44]
             assert stub[:0x78] == first[:0x78]
-        assert not any(SHIPPED[VECTORS[-1] + 0x50 : HANDLER_OFFSET])
+        assert VECTORS[-1] + 0x80 == NARROW[0]
+        assert NARROW[-1] + 0x20 == TAIL
+
+    def test_the_narrow_vectors_go_on_where_the_wide_ones_do(self, listing):
+        """Number and branch are their own; the tail is the rest of a wide one, word for word."""
+        at_word = {at: (name, operands.partition(" ")[0]) for at, _, name, operands in listing if at < LOW_PAGE}
+        tail = TAIL + 0x30
+        for vector in NARROW:
+            assert SHIPPED[vector : vector + 4] == SHIPPED[0x100:0x104]
+            assert at_word[vector + 4] == ("b", f"{vector + 0x10:x}")
+            assert at_word[vector + 0x10] == ("li", f"r3,{vector}")
+            assert at_word[vector + 0x14] == ("b", f"{tail:x}")
+            assert not any(SHIPPED[vector + 0x18 : vector + 0x20])
+        assert SHIPPED[TAIL:tail] == SHIPPED[0x108:0x138]
+        rest = SHIPPED[0x138:0x140] + SHIPPED[0x144:0x150]  # without the number
+        assert SHIPPED[tail : tail + len(rest)] == rest
+        assert not any(SHIPPED[tail + len(rest) : HANDLER_OFFSET])
 
     def test_a_vector_in_a_big_endian_cpu_s_eyes(self, listing):
         """It goes from the first words to what follows those for the other kind, and saves SRR0 and SRR1 itself."""
@@ -458,7 +477,19 @@ class TestLittleEndian:
         assert self.landing(little, vector) == vector + 0x40, "over the big-endian mfsrr0 and mfsrr1: they were done"
         assert SHIPPED[vector + 0x38 : vector + 0x40] == struct.pack(">2I", 0x7E9A02A6, 0x7EBB02A6)
 
-    @pytest.mark.parametrize("start", [0, SLAVE_ENTRY, *VECTORS])
+    @pytest.mark.parametrize("vector", NARROW)
+    def test_a_narrow_vector_s_way(self, little, vector):
+        assert little[vector] == ("b", f"0x{vector + 8:x}")
+        assert little[vector + 8] == ("li", f"r3,{vector}")
+        assert little[vector + 0xC] == ("b", f"0x{TAIL:x}")
+
+    def test_the_narrow_vectors_switch(self, little):
+        assert little[TAIL] == ("mfsrr0", "r20")
+        assert little[TAIL + 4] == ("mfsrr1", "r21")
+        assert tuple(little[at][0] for at in range(TAIL + 8, TAIL + 0x30, 4)) == self.SWITCH
+        assert self.landing(little, TAIL) == TAIL + 0x38, "over the big-endian mfsrr0 and mfsrr1: they were done"
+
+    @pytest.mark.parametrize("start", [0, SLAVE_ENTRY, *VECTORS, TAIL])
     def test_it_leaves_little_endian_mode_and_nothing_else(self, little, start):
         end = start + (0x38 if start in VECTORS else 0x30)
         words = {little[at][0]: little[at][1] for at in range(start + 8, end, 4)}

@@ -27,6 +27,8 @@
 # Offsets from `_start`; crashkernel.purgatory declares the same in Python.
         .set    AT_SLAVE,         0x60
         .set    AT_VECTORS,       0x100
+        .set    AT_NARROW,        0xe00         # from here on a vector each 0x20 bytes
+        .set    AT_TAIL,          0xfa0         # what those have in common
         .set    AT_HANDLER,       0xff8         # where the vectors' common handler lies, in the copy at physical 0 too
         .set    AT_CODE,          0x1000
         .set    AT_PARAMS,        0x2000
@@ -162,7 +164,7 @@ loaded_at:
 # While things move, the table keeps this image's first page at physical 0: whatever is taken there (a machine check, a system
 # reset, a fault of ours) is told and ends the handover. Interrupts come in the endianness that K1 chose (LPCR.ILE, HILE).
         .set    vector, AT_VECTORS
-        .rept   30
+        .rept   (AT_NARROW - AT_VECTORS) / 0x80
         . = _start + vector
         tdi     0,%r0,0x48              # as in be_from_here
         b       .+0x34
@@ -186,6 +188,39 @@ loaded_at:
         bctr
         .set    vector, vector + 0x80
         .endr
+
+# The hypervisor's and the facilities' (Power ISA Book III 7.5) are 0x20 apart. An instruction that is none comes to 0xe40 in a
+# machine without a hypervisor, from the POWER8 on, and not to 0x700.
+        .rept   (AT_TAIL - AT_NARROW) / 0x20
+        . = _start + vector
+        tdi     0,%r0,0x48
+        b       .+0xc
+        le      (0x38600000 | vector)                   # li r3,vector
+        le      (0x48000000 | (AT_TAIL - vector - 0xc)) # b  AT_TAIL
+        li      %r3,vector
+        b       tail
+        .set    vector, vector + 0x20
+        .endr
+
+        . = _start + AT_TAIL
+        le      0x7e9a02a6              # as above
+        le      0x7ebb02a6
+        le      0x7d6000a6
+        le      0x696b0001
+        le      0x39400000
+        le      0x7d410164
+        le      0x429f0005
+        le      0x7d4802a6
+        le      0x394a001c
+        le      0x7d5a03a6
+        le      0x7d7b03a6
+        le      0x4c000024
+tail:
+        mfsrr0  %r20
+        mfsrr1  %r21
+        ld      %r10,AT_HANDLER(0)
+        mtctr   %r10
+        bctr
 
         . = _start + AT_HANDLER
         .quad   exception - _start      # where it is loaded is added when the image is packed
@@ -652,7 +687,14 @@ exception:
         li      %r9,1
         std     %r9,P_FAULTED(%r30)
         mr      %r22,%r3
-        addi    %r3,%r30,(text_exception - params)
+        addi    %r9,%r3,-0xe00          # a hypervisor interrupt, 0xe00 to 0xea0 or 0xf80, has registers of its own
+        cmpldi  %r9,0xa0
+        ble     2f
+        cmpdi   %r3,0xf80
+        bne     3f
+2:      mfspr   %r20,314                # HSRR0, HSRR1
+        mfspr   %r21,315
+3:      addi    %r3,%r30,(text_exception - params)
         bl      say
         mr      %r3,%r22
         li      %r4,4
