@@ -6,6 +6,7 @@
 #   make matrix   every supported machine and kernel (10 to 20 minutes); writes the README's table
 #   make bench    a drill against the two boots it contains
 #   make bench-purgatory  the purgatory alone, on thousands of generated plans (a minute or two)
+#   make big-endian  a big-endian kernel for drills, built from source (docs/big-endian.md)
 #   make wheel    the distributable package, in dist/
 #   make purgatory  assemble the purgatory after a change of purgatory.S
 
@@ -23,7 +24,7 @@ define need
 	  { echo "cannot install $(2): install it by hand, then run make again" >&2; exit 3; }; }
 endef
 
-.PHONY: setup qemu binutils drill test check matrix bench bench-purgatory wheel purgatory clean
+.PHONY: setup qemu binutils drill test check matrix bench bench-purgatory big-endian wheel purgatory clean
 
 setup: $(VENV)/.ready
 
@@ -65,6 +66,16 @@ bench: setup qemu
 
 bench-purgatory: setup qemu
 	$(BIN)/crashkernel bench purgatory
+
+big-endian: setup
+	$(call need,powerpc64-linux-gnu-gcc,gcc-powerpc64-linux-gnu libc6-dev-ppc64-cross)
+	$(call need,gcc,gcc libc6-dev)
+	$(call need,flex,flex)
+	$(call need,bison,bison)
+	$(call need,bc,bc)
+	$(call need,xz,xz-utils)
+	$(call need,bzip2,bzip2)
+	$(BIN)/crashkernel big-endian
 
 wheel: setup
 	$(BIN)/python -m build --wheel --outdir dist .

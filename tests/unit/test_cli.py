@@ -50,7 +50,9 @@ def complaint(capsys):
     return lines[0]
 
 
-@pytest.mark.parametrize("command", [[], ["plan"], ["load"], ["status"], ["unload"], ["drill"], ["matrix"], ["bench"]])
+@pytest.mark.parametrize(
+    "command", [[], ["plan"], ["load"], ["status"], ["unload"], ["drill"], ["matrix"], ["bench"], ["big-endian"]]
+)
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])

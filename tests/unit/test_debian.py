@@ -3,6 +3,7 @@
 import gzip
 import lzma
 import os
+import re
 import struct
 import sys
 import textwrap
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from crashkernel.drill import debian
-from crashkernel.drill.debian import Archive, default_cache, find_mirror, plain_vmlinux, read_release, resolve_kernel
+from crashkernel.drill.debian import Archive, Sources, default_cache, find_mirror, plain_vmlinux, read_release, resolve_kernel
 from crashkernel.errors import EnvironmentFault, UsageError
 
 RELEASE = "6.1.0-50-powerpc64le"
@@ -47,6 +48,11 @@ FAKE_APT = """
         for stanza in index.split("\\n\\n"):
             if stanza.splitlines()[0].removeprefix("Package: ") in wanted:
                 print(stanza + "\\n")
+    elif "source" in argv:
+        if (state / "offline").exists():
+            sys.exit("E: Could not connect to the mirror")
+        for suffix in (".dsc", ".debian.tar.xz", ".orig.tar.gz", ".orig.tar.gz.asc"):
+            Path(f"{argv[-1]}_1{suffix}").write_text(suffix)
     elif "download" in argv:
         if (state / "offline").exists():
             sys.exit("E: Could not connect to the mirror")
@@ -308,6 +314,31 @@ class TestArchive:
                 Archive(cache, "bookworm").fetch("a")
 
 
+class TestSources:
+    def test_the_upstream_archive_is_fetched_once(self, mirror, cache):
+        archive = Sources(cache, "bookworm").upstream("a")
+        assert archive.name == "a_1.orig.tar.gz"
+        assert archive.read_text() == ".orig.tar.gz"
+        (mirror.root / "offline").touch()
+        assert Sources(cache, "bookworm").upstream("a") == archive
+        assert mirror.count("source") == 1
+
+    def test_the_binary_packages_keep_their_own_index(self, mirror, cache):
+        mirror.add("a")
+        Archive(cache, "bookworm").fetch("a")
+        Sources(cache, "bookworm").upstream("a")
+        assert mirror.count("update") == 2
+        line = (cache / "debian/bookworm-sources/apt/sources.list").read_text()
+        assert re.fullmatch(r"deb-src \[.*target=Sources.*\] http://mirror.test/debian bookworm main\n", line)
+
+    def test_a_download_that_fails_leaves_nothing(self, mirror, cache):
+        Sources(cache, "bookworm").upstream("a")
+        (mirror.root / "offline").touch()
+        with pytest.raises(EnvironmentFault, match="cannot download the source of b: Could not connect"):
+            Sources(cache, "bookworm").upstream("b")
+        assert [path.name for path in (cache / "debian/bookworm-sources/sources").iterdir()] == ["a"]
+
+
 class TestResolveKernel:
     def test_the_kernel_and_its_modules_in_one_package(self, mirror, cache):
         image = f"linux-image-{RELEASE}"
@@ -397,6 +428,7 @@ class TestVmlinux:
         path = tmp_path / "vmlinux"
         path.write_bytes(vmlinux(order=order))
         assert plain_vmlinux(path, tmp_path) == path
+        assert resolve_kernel(str(path), tmp_path).byteorder == {"<": "little", ">": "big"}[order]
 
     @pytest.mark.parametrize(
         ("data", "complaint"),

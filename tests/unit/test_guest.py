@@ -215,6 +215,16 @@ class TestCrashImage:
         }
         assert not [name for name in entries if "gconv" in name or "/doc/" in name]
 
+    def test_a_big_endian_userland_has_the_other_linker(self, build, userland):
+        root = userland.python
+        linker = write(root / "lib/powerpc64-linux-gnu/ld64.so.1", b"linker", 0o755)
+        write(root / "lib/powerpc64-linux-gnu/libm.so.6", b"libm")
+        (root / "lib64/ld64.so.1").symlink_to(f"/{linker.relative_to(root)}")
+        entries = build()
+        assert entries["lib64/ld64.so.1"].data == b"/lib/powerpc64-linux-gnu/ld64.so.1"
+        assert entries["lib/powerpc64-linux-gnu/ld64.so.1"].data == b"linker"
+        assert entries["lib/powerpc64-linux-gnu/libm.so.6"].data == b"libm"
+
     def test_the_package_is_in_it_without_the_drill(self, build):
         root = "usr/lib/crashkernel/crashkernel/"
         names = {name.removeprefix(root) for name, entry in build().items() if name.startswith(root) and entry.data}

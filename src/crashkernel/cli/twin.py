@@ -1,4 +1,4 @@
-"""drill, matrix, bench drill: for the engineer's machine, with QEMU and this package's `drill` extra."""
+"""drill, matrix, bench drill, big-endian: for the engineer's machine, with QEMU and this package's `drill` extra."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import signal
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -36,6 +36,7 @@ _DRILL_EPILOG = """examples:
   crashkernel drill                                 Debian 12's kernel, both placements
   crashkernel drill --placement zero --keep out     keep the dump and the evidence in out/
   crashkernel drill --kernel debian:trixie debian:trixie/powerpc64le-64k debian:sid
+  crashkernel drill --kernel big-endian             a big-endian kernel, after `make big-endian`
   crashkernel drill --kernel ./vmlinux              your own kernel; modules in ../lib/modules/RELEASE
   crashkernel drill --cpu POWER8 --smp 2 --memory 4G --crashkernel 256M@128M
   crashkernel drill --flip initrd                   is a damaged initramfs noticed at the panic?
@@ -50,7 +51,7 @@ exit status: 0 every drill passed, 1 one failed, 2 usage, 3 this machine lacks s
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add drill and matrix to the parser."""
+    """Add drill, matrix and big-endian to the parser."""
     drill = commands.add_parser(
         "drill",
         help="crash a virtual twin and prove its dump byte for byte",
@@ -64,14 +65,15 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         nargs="+",
         default=["debian:bookworm"],
         metavar="KERNEL",
-        help="debian:SUITE[/FLAVOUR] or the path of a vmlinux, as K1 and K2 (default: debian:bookworm)",
+        help="debian:SUITE[/FLAVOUR], big-endian or the path of a vmlinux, as K1 and K2 (default: debian:bookworm)",
     )
     _add_twin(drill)
     drill.add_argument("--all-cpus", action="store_true", help="K2 starts every CPU (default: only the one that crashed)")
     drill.add_argument(
         "--flip",
         choices=("kernel", "initrd", "fdt", "elfcorehdr", "purgatory"),
-        help="flip one bit, anywhere in this, once K1 is dead: passes if the purgatory says so on the console",
+        help="flip one bit, anywhere in this (of the purgatory: in its parameters and tables), once K1 is dead: passes if the "
+        "purgatory says so on the console",
     )
     drill.add_argument(
         "--on-damage", choices=DAMAGE_POLICIES, default="reboot", help="then, as for `crashkernel load` (default: %(default)s)"
@@ -91,6 +93,16 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     matrix.add_argument("--update", type=Path, metavar="FILE", help="put the table between the matrix markers of this document")
     matrix.add_argument("--json", type=Path, metavar="FILE", help="write all results as JSON")
     matrix.set_defaults(run=_matrix)
+
+    big_endian = commands.add_parser(
+        "big-endian",
+        help="build the big-endian kernel and userland for drills",
+        description="Build a big-endian kernel, and the guests' programs for it, from Debian's sources, unless they are there.",
+        epilog="`make big-endian` installs the compilers first.\n\nexample:\n"
+        "  crashkernel big-endian && crashkernel drill --kernel big-endian",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    big_endian.set_defaults(run=_big_endian)
 
 
 def add_bench(benches: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -130,14 +142,14 @@ def _drill(arguments: argparse.Namespace) -> int:
     placements = PLACEMENTS if arguments.placement == "both" else (cast("PlacementName", arguments.placement),)
     display = _Display(to_stderr=str(arguments.json) == "-")
     with terminable():
-        kernels, userland = _prepare(arguments.kernel, display)
+        prepared = _prepare(arguments.kernel, display)
         outcomes = []
-        for kernel in kernels:
+        for kernel, userland in prepared:
             display.title(f"{kernel.name} on {twin.title}")
             for placement in placements:
                 keep = arguments.keep
                 if keep is not None:
-                    keep = keep / kernel.name / placement if len(kernels) > 1 else keep / placement
+                    keep = keep / kernel.name / placement if len(prepared) > 1 else keep / placement
                     require_keepable(keep)
                 scenario = Scenario(
                     twin, kernel, kernel, placement, keep,
@@ -172,7 +184,7 @@ def _matrix(arguments: argparse.Namespace) -> int:
         for number, case in enumerate(CASES, 1):
             twin, release = case.twin, case.kernel
             try:
-                (kernel,), userland = _prepare([case.kernel], display)
+                ((kernel, userland),) = _prepare([case.kernel], display)
                 span = KernelImage.from_bytes(kernel.vmlinux.read_bytes(), str(kernel.vmlinux)).span
                 twin, release = case.resolved(span), kernel.name
                 display.title(f"{number} of {len(CASES)}: {release} on {twin.title}")
@@ -203,7 +215,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     display = _Display()
     ratios: dict[PlacementName, list[float]] = {placement: [] for placement in PLACEMENTS}
     with terminable():
-        (kernel,), userland = _prepare([arguments.kernel], display, kexec_tools=True)
+        ((kernel, userland),) = _prepare([arguments.kernel], display, kexec_tools=True)
         display.title(f"{kernel.name} on {twin.title}")
         for _ in range(arguments.runs):
             with display.drill("bare twin, kexec-tools") as tell:
@@ -225,6 +237,17 @@ def _bench(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _big_endian(_arguments: argparse.Namespace) -> int:
+    require_extra("rich")
+    from crashkernel.drill import bigendian  # noqa: PLC0415
+
+    display = _Display()
+    with terminable(), display.busy("big-endian") as tell:
+        bigendian.build(progress=tell)
+    display.line("the big-endian kernel is ready: crashkernel drill --kernel big-endian")
+    return 0
+
+
 def _run(scenario: Scenario, userland: Userland, display: _Display) -> Outcome:
     from crashkernel.drill.scenario import run_drill  # noqa: PLC0415
 
@@ -242,15 +265,28 @@ def _twin(arguments: argparse.Namespace) -> Twin:
     return Twin(arguments.machine, cpu, mmu, arguments.smp, parse_size(arguments.memory), arguments.crashkernel)
 
 
-def _prepare(specs: list[str], display: _Display, *, kexec_tools: bool = False) -> tuple[list[Kernel], Userland]:
+def _prepare(specs: list[str], display: _Display, *, kexec_tools: bool = False) -> list[tuple[Kernel, Userland]]:
+    """The kernels, each with the programs it can run."""
+    from crashkernel.drill import bigendian  # noqa: PLC0415
     from crashkernel.drill.debian import resolve_kernel  # noqa: PLC0415
-    from crashkernel.drill.guest import fetch_userland  # noqa: PLC0415
     from crashkernel.drill.qemu import QEMU  # noqa: PLC0415
 
     if shutil.which(QEMU) is None:
         raise EnvironmentFault(f"{QEMU} is not installed", hint="apt-get install qemu-system-ppc")
     with display.busy("packages") as tell:
-        return [resolve_kernel(spec, progress=tell) for spec in specs], fetch_userland(progress=tell, kexec_tools=kexec_tools)
+        kernels = [bigendian.find_kernel() if spec == bigendian.SPEC else resolve_kernel(spec, progress=tell) for spec in specs]
+        return [(kernel, _userland(kernel, tell, kexec_tools=kexec_tools)) for kernel in kernels]
+
+
+def _userland(kernel: Kernel, tell: Callable[[str], None], *, kexec_tools: bool) -> Userland:
+    from crashkernel.drill import bigendian  # noqa: PLC0415
+    from crashkernel.drill.guest import fetch_userland  # noqa: PLC0415
+
+    if kernel.byteorder == "little":
+        return fetch_userland(progress=tell, kexec_tools=kexec_tools)
+    if kexec_tools:
+        raise UsageError(f"{kernel.name} is big-endian, and Debian has no kexec-tools for it to be measured against")
+    return bigendian.find_userland()
 
 
 def require_extra(*names: str) -> None:

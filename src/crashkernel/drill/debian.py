@@ -39,6 +39,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from crashkernel.errors import EnvironmentFault, UsageError
+from crashkernel.formats.elf import ByteOrder
 
 Progress = Callable[[str], None]
 
@@ -56,7 +57,7 @@ RETRY_AGE = 600.0  # seconds after which a mirror that did not answer, or lacked
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
-SPEC_HINT = "a kernel is debian:SUITE[/FLAVOUR], such as debian:trixie/powerpc64le-64k, or the path of a vmlinux"
+SPEC_HINT = "a kernel is debian:SUITE[/FLAVOUR], such as debian:trixie/powerpc64le-64k, big-endian, or the path of a vmlinux"
 
 
 def silent(_message: str) -> None:
@@ -122,7 +123,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, progress: Progress) -> Iterator[None]:
+def locked(path: Path, progress: Progress) -> Iterator[None]:
     """Hold an exclusive lock on the file `path`, waiting for whoever has it.
 
     :raise EnvironmentFault: somebody kept it for longer than `LOCK_DEADLINE` seconds.
@@ -385,7 +386,7 @@ class Archive:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        with _locked(self.root / "lock", self._progress):
+        with locked(self.root / "lock", self._progress):
             if not self._configured:
                 self._configure()
                 self._configured = True
@@ -485,6 +486,48 @@ class Archive:
             return target
 
 
+class Sources(Archive):
+    """One suite's source packages. Their index is one of its own: only who builds something has any use for it."""
+
+    def __init__(self, cache: Path, suite: str, progress: Progress = silent) -> None:
+        super().__init__(cache, f"{suite}-sources", progress)
+        self.suite = suite
+
+    def _source_line(self, mirror: str) -> str:
+        options = "target=Sources lang=none pdiffs=no"
+        if KEYRING.exists():
+            options += f" signed-by={KEYRING}"
+        return f"deb-src [{options}] {mirror} {self.suite} main\n"
+
+    def upstream(self, name: str) -> Path:
+        """The upstream archive (.orig.tar) of source package `name`, downloaded and checked by apt the first time.
+
+        :raise EnvironmentFault: no such package, or it cannot be fetched.
+        """
+        target = self.root / "sources" / name
+        with self._locked():
+            if not target.exists():
+                if self._index_age() > INDEX_AGE or self._mirror_changed():
+                    self._update()
+                self._download_source(name, target)
+        return next(target.glob("*.orig.tar.[!a]*"))  # beside it lies its signature, .asc
+
+    def _download_source(self, name: str, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self._progress(f"downloading the source of {name}")
+        with tempfile.TemporaryDirectory(prefix=".get-", dir=target.parent) as scratch:
+            directory = Path(scratch) / name
+            directory.mkdir()
+            command: list[str | Path] = ["apt-get", "-c", self._config, "-q", "source", "--download-only", name]
+            result = _run(command, deadline=DOWNLOAD_DEADLINE, cwd=directory)
+            if result.returncode or not list(directory.glob("*.orig.tar.*")):
+                raise EnvironmentFault(
+                    f"cannot download the source of {name}: {_complaint(result)}",
+                    hint="is the mirror reachable? CRASHKERNEL_MIRROR names another",
+                )
+            directory.rename(target)
+
+
 def _unpack(debs: Sequence[Path], target: Path) -> None:
     """Unpack `debs` into the new directory `target`, which appears whole or not at all.
 
@@ -516,6 +559,12 @@ class Kernel:
     name: str  # its release, as `uname -r` says it
     vmlinux: Path  # a plain ELF64 file for PowerPC
     modules: Path  # …/modules/RELEASE; need not exist for a kernel given by path that has all it needs built in
+
+    @property
+    def byteorder(self) -> ByteOrder:
+        """Its byte order, which is that of every program it runs."""
+        with self.vmlinux.open("rb") as handle:
+            return "little" if handle.read(_ELF_HEAD)[_ELF_DATA] == _ELF_DATA_LSB else "big"
 
 
 def resolve_kernel(spec: str, cache: Path | None = None, progress: Progress = silent) -> Kernel:
@@ -585,6 +634,7 @@ def _kernel_from_path(spec: str, cache: Path) -> Kernel:
 # The start of Elf64_Ehdr (System V gABI, chapter 4): e_ident (class at 4, byte order at 5), e_type, e_machine.
 _ELF_HEAD = 20  # bytes
 _ELF_CLASS64 = 2
+_ELF_DATA = 5  # offset
 _ELF_DATA_LSB = 1
 _E_MACHINE = 18  # offset
 _EM_PPC64 = 21
@@ -632,7 +682,7 @@ def _require_ppc64(path: Path, head: bytes) -> None:
     hint = "the drill boots 64-bit PowerPC kernels: give the vmlinux, not a zImage"
     if len(head) < _ELF_HEAD or not head.startswith(b"\x7fELF"):
         raise UsageError(f"{path}: not an ELF file", hint=hint)
-    machine = int.from_bytes(head[_E_MACHINE : _E_MACHINE + 2], "little" if head[5] == _ELF_DATA_LSB else "big")
+    machine = int.from_bytes(head[_E_MACHINE : _E_MACHINE + 2], "little" if head[_ELF_DATA] == _ELF_DATA_LSB else "big")
     if head[4] != _ELF_CLASS64 or machine != _EM_PPC64:
         raise UsageError(f"{path}: an ELF file, but not a 64-bit PowerPC one", hint=hint)
 

@@ -171,8 +171,8 @@ def fetch_userland(cache: Path | None = None, progress: Progress = silent, *, ke
 # (readelf -d: python3.11 needs libm, libz, libexpat and libc; _ctypes needs libffi.)
 _PYTHON_FILES = (
     r"usr/bin/python3\.11",
-    r"lib64/ld64\.so\.2",
-    r"(usr/)?lib/powerpc64le-linux-gnu/(ld64\.so\.2|lib(c|m|dl|pthread|rt|util|z|ffi|expat)\.so[.0-9]*)",
+    r"lib64/ld64\.so\.[12]",
+    r"(usr/)?lib/powerpc64(le)?-linux-gnu/(ld64\.so\.[12]|lib(c|m|dl|pthread|rt|util|z|ffi|expat)\.so[.0-9]*)",
     r"usr/lib/python3\.11/.*\.py",
     r"usr/lib/python3\.11/lib-dynload/(_ctypes|_decimal|_json|_contextvars|_queue|_typing|mmap|resource|termios)\..*",
 )
