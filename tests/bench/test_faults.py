@@ -5,40 +5,53 @@ import json
 from itertools import pairwise
 from xml.etree import ElementTree as ET
 
-import numpy as np
 import pytest
 
-from crashkernel.bench import faults
+from crashkernel.bench import bits, faults
+from crashkernel.bench.bits import flip_bits, inject_damage, render_bits, render_injections
 from crashkernel.bench.cpus import BARE, CPUS
-from crashkernel.bench.faults import DMA_SIZE, OUTCOMES, Fault, Scene, Walk, scene
-from crashkernel.bench.stepper import Stepper
+from crashkernel.bench.faultpicture import _COLOURS, render_faults, svg
+from crashkernel.bench.faults import FaultMap, Stretch
+from crashkernel.bench.scene import DMA_SIZE, NO_FAULT, PLACEMENTS, Fault, put, scene
+from crashkernel.bench.score import Point
+from crashkernel.bench.secondcpu import second_cpu
+from crashkernel.bench.walk import OUTCOMES, REASONS, UNEXPLAINED, Verdict, Walk
+from crashkernel.cli import main
 from crashkernel.errors import VerificationError
-from crashkernel.purgatory import PARAMETERS_OFFSET, TABLE_OFFSET
+from crashkernel.purgatory import PARAMETERS_OFFSET, TABLE_OFFSET, pack
 
 pytestmark = pytest.mark.bench
 
-PLACEMENTS = ("zero", "reserved")
 every_placement = pytest.mark.parametrize("placement", PLACEMENTS)
+EQUAL = (0x7C042000).to_bytes(4, "big")  # cmpw r4,r4
+RESULT = bytes.fromhex("2c0400004e800020")  # cmpwi r4,0; blr: how `check` ends
+CPU_STOPS = (0x4C0002E4).to_bytes(4, "big")  # stop, of the POWER9
 
 
-def outcome(setting: Scene, *injected: Fault, cpu: str = "POWER9", little: bool = True) -> list[tuple[str, str]]:
+def blind(image):
+    """The purgatory with a check that finds nothing."""
+    assert image.count(RESULT) == 1
+    return image.replace(RESULT, EQUAL + RESULT[4:])
+
+
+def outcomes(setting, *injected, cpu="POWER9", little=True):
     """What comes of each fault before the purgatory's first instruction."""
-    with Stepper.start(CPUS[cpu], len(setting.memory)) as stepper:
-        walk = Walk(stepper, cpu, setting, little=little)
-        return [walk.disturbed(fault, stepper.save()) for fault in injected]
+    with Walk(cpu, setting, little=little) as walk:
+        here = walk.stepper.save()
+        return [walk.disturbed(fault, here) for fault in injected]
 
 
-@every_placement
 @pytest.mark.parametrize(("cpu", "little"), [(c, e) for c in BARE for e in (False, True) if CPUS[c].little or not e])
-def test_undisturbed_it_is_good(placement, cpu, little):
-    assert outcome(scene(placement), faults.NO_FAULT, cpu=cpu, little=little) == [("good", "")]
+def test_undisturbed_it_is_good(cpu, little):
+    with Walk(cpu, scene("zero"), little=little, scored=False) as walk:
+        assert walk.disturbed(NO_FAULT, walk.stepper.save()) == Verdict("good", "", "")
 
 
 @every_placement
 def test_before_the_start(placement):
     """A segment, the code, a parameter, the table: told. K1's memory: K1's. A machine check into K1's vectors: silence."""
     setting = scene(placement)
-    found = outcome(
+    found = outcomes(
         setting,
         *(Fault("DMA", name, setting.spots[name]) for name in ("tree", "initrd", "elfcorehdr")),
         Fault("bit", "code", setting.base + 0x1234),
@@ -47,7 +60,17 @@ def test_before_the_start(placement):
         Fault("DMA", "K1", 0x3000),
         Fault("interrupt", "machine check", 0x200),
     )
-    assert [word for word, _ in found] == ["told"] * 6 + ["good", "silent hang"]
+    assert [each.outcome for each in found] == ["told"] * 6 + ["good", "silent hang"]
+    assert found[-1].reason == "before the guard"
+
+
+def test_without_its_checks_damage_is_silent_and_unexplained():
+    """The classifier does not take the purgatory's word for it."""
+    setting = scene("zero")
+    image = setting.memory[setting.base : setting.base + 0x6000].tobytes()
+    put(setting.memory, setting.base, blind(image))
+    found = outcomes(setting, NO_FAULT, Fault("DMA", "initrd", setting.spots["initrd"]))
+    assert found == [Verdict("good", "", ""), Verdict("silent damage", "initrd", UNEXPLAINED)]
 
 
 @every_placement
@@ -55,21 +78,52 @@ def test_a_loss_of_k1_shows(placement):
     """The same byte changed by nobody's DMA."""
     setting = scene(placement)
     setting.final[int(setting.homes[0x1008])] ^= 1
-    ((word, why),) = outcome(setting, faults.NO_FAULT)
-    assert word == "silent damage"
-    assert "K1: 1 bytes" in why or "K2" in why
+    (found,) = outcomes(setting, NO_FAULT)
+    assert found.outcome == "silent damage"
+    assert "K1: 1 bytes" in found.why or "K2" in found.why
+
+
+def test_a_cpu_that_stops_for_ever_costs_a_machine_and_no_more():
+    setting = scene("zero")
+    with Walk("POWER9", setting, little=False) as walk:
+        here = walk.stepper.save()
+        stopping = Fault("DMA", "a stop", setting.base + 0x30)
+        walk._noise[:4] = list(CPU_STOPS)
+        found = walk.disturbed(stopping, here)
+        assert (found.outcome, found.why, found.reason) == ("silent hang", "stuck", "before any check")
+        assert walk.machines == 2
+        assert walk.disturbed(NO_FAULT, here).outcome == "good"
 
 
 @every_placement
 def test_damage_after_the_last_check_is_silent(placement):
     """Nothing can check what is struck after its check; the map says so."""
     each = faults.fault_map(placement, every=97, faults=["initrd"])
-    initrd = [r for r in each.results if r.fault == Fault("DMA", "initrd", scene(placement).spots["initrd"])]
-    words = [r.outcome for r in initrd]
-    assert words[0] == "told"
-    assert words[-1] == "silent damage"
-    assert words == sorted(words, reverse=True), "told until its check has passed, silent from then on"
-    assert len(initrd) == len({r.point.index for r in initrd})
+    struck = [s for s in each.stretches if s.fault.kind == "DMA"]
+    assert [(s.verdict.outcome, s.verdict.reason) for s in struck] == [("told", ""), ("silent damage", "after its last check")]
+    assert (struck[0].first, struck[-1].last) == (0, len(each.points) - 1)
+
+
+@every_placement
+def test_a_coarse_map_has_nothing_unexplained(placement):
+    each = faults.fault_map(placement, every=1200)
+    assert not each.unexplained
+    assert each.reasons().keys() <= REASONS.keys()
+    assert sum(each.count().values()) == len(each.points) * len({s.fault for s in each.stretches})
+    assert all(each.count()[word] for word in OUTCOMES)
+
+
+def test_points_stand_for_all_instructions():
+    """And none of a short stretch outside loops is left out."""
+    setting = scene("reserved")
+    with Walk("POWER9", setting, little=False) as walk:
+        points = walk.score.points
+        assert sum(point.weight for point in points) == len(walk.score.pcs)
+        assert {point.pc for point in points} == set(walk.score.pcs.tolist())
+        assert [point.index for point in points[:10]] == list(range(10))
+        for point in (points[50], points[-1]):
+            walk.advance(point)
+            assert walk.stepper.read("pc") == (point.pc,)
 
 
 def test_a_handover_that_fails_undisturbed_makes_no_map():
@@ -79,40 +133,59 @@ def test_a_handover_that_fails_undisturbed_makes_no_map():
         faults.map_scene(setting, cpu="POWER9", little=True, every=1)
 
 
-def test_the_walk_visits_every_instruction_of_the_image_that_runs():
-    """Against a walk that skips nothing: the same addresses, the same count."""
-    setting = scene("reserved")
-    with Stepper.start(CPUS["POWER9"], len(setting.memory)) as stepper:
-        walk = Walk(stepper, "POWER9", setting, little=False)
-        points = []
-        for point in walk.points():
-            points.append(point)
-            if point.phase.startswith("1 "):
-                break
-        assert (np.diff([point.index for point in points]) > 0).all()
-        walk = Walk(stepper, "POWER9", setting, little=False)
-        stepper.poke_all(setting.memory.tobytes())
-        seen = collections.Counter([setting.base])
-        for _ in range(2000):
-            seen[stepper.step()] += 1
-        early = {point.pc for point in points if point.index <= 2000}
-        assert early == set(seen)
+@pytest.mark.parametrize(("placement", "little"), [("zero", True), ("reserved", False)])
+def test_a_second_cpu_is_never_silent(placement, little):
+    found = second_cpu(placement, little=little, every=4000)
+    assert not found.silent
+    ends = {coming: {outcome for outcome, _ in row} for coming, row in found.found.items()}
+    assert ends["early"] == ends["waited for"] == {"good"}
+    assert ends["never"] == ends["after K2's entry"] == ends["straggler"] == {"told"}
+    assert {end for _, end in found.found["now"]} == {"K2's slave code"}
+
+
+def test_the_check_tells_all_damage(monkeypatch):
+    """And one that is blind tells none: the count is not made up."""
+    found = inject_damage(cases=10_000)
+    assert found.damaged >= 10_000
+    assert (found.missed, found.imagined) == ((), 0)
+    assert ", 0 missed" in render_injections(found)
+    monkeypatch.setattr(bits, "pack", lambda *a, **k: blind(pack(*a, **k)))
+    found = inject_damage(cases=20)
+    assert len(found.missed) == found.damaged
+
+
+def test_flipped_bits_are_told_or_explained():
+    found = flip_bits("zero", every=2999)
+    assert not found.unexplained
+    assert found.table()["table"].keys() == {"told"}
+    assert f"{len(found.verdicts):,} of {bits.BITS:,}" in render_bits(found)
 
 
 def test_figures_picture_and_data_are_of_the_results():
-    point = faults.Point(0, "before the first row", 0x1000, touches_memory=True)
-    results = tuple(faults.Result(point, Fault("DMA", f"spot {n}", 0), word, "") for n, word in enumerate(OUTCOMES))
-    each = faults.FaultMap("zero", "POWER9", True, 10, results)
-    assert each.count() == dict.fromkeys(OUTCOMES, 1)
-    assert len(json.loads(faults.to_json([each]))[0]["rows"]) == 4
-    text = faults.render_faults(each)
+    points = tuple(Point(n, 0x1000 + 4 * n, "before the rows", n + 1) for n in range(4))
+    stretches = tuple(
+        Stretch(Fault("DMA", f"spot {n}", 0), 0, 3, Verdict(word, "", "before the guard" if "silent" in word else ""))
+        for n, word in enumerate(OUTCOMES)
+    )
+    each = FaultMap("zero", "POWER9", True, 10, points, stretches, 4)
+    assert each.count() == dict.fromkeys(OUTCOMES, 4)
+    assert each.count(weighted=True) == dict.fromkeys(OUTCOMES, 10)
+    assert len(json.loads(faults.to_json([each]))[0]["stretches"]) == 4
+    text = render_faults(each)
     assert all(f"spot {number}" in text for number in range(4))
-    picture = ET.fromstring(faults.svg(each))
+    assert REASONS["before the guard"] in text
+    picture = ET.fromstring(svg(each))
     fills = collections.Counter(element.get("fill") for element in picture.iter() if element.get("fill"))
-    assert all(fills[faults._COLOURS[word]] == 2 for word in OUTCOMES), "one in the key, one in the map"
+    assert all(fills[_COLOURS[word]] == 2 for word in OUTCOMES), "one in the key, one in the map"
 
 
 def test_regions_do_not_lie_in_each_other():
     for placement in PLACEMENTS:
         at = sorted(scene(placement).spots.values())
         assert all(b - a >= DMA_SIZE for a, b in pairwise(at))
+
+
+@pytest.mark.parametrize("wrong", [["--every", "0"], ["--svg", "/no/such/place"], ["--json", "/no/such/place"]])
+def test_what_makes_no_sense(wrong, capsys):
+    assert main(["bench", "faults", *wrong]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1

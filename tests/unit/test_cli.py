@@ -255,6 +255,25 @@ class TestHost:
         assert main(["load", "--kernel", str(files / "vmlinux")]) == 0
         assert capsys.readouterr().err == ""
 
+    @pytest.mark.parametrize(("rtas", "start"), [(None, None), (Range(82 * MIB, 84 * MIB), 84 * MIB)], ids=["half", "wholly"])
+    def test_an_initrd_above_the_rma_is_warned_of(self, files, monkeypatch, capsys, rtas, start):
+        """`start`: of the initrd, which else begins below the RMA's end at 84 MiB and goes beyond it."""
+        nodes = [memory_node(0, 84 * MIB, 172 * MIB)]
+        root = tree(memory=nodes, region=Range(64 * MIB, 192 * MIB), rtas=rtas)
+        (files / "host.dtb").write_bytes(DeviceTree(root).to_bytes())
+        (files / "initrd").write_bytes(bytes(16 * MIB))
+        machine = rescue._machine(cli._parser(["plan"]).parse_args(plan_arguments(files)))
+        monkeypatch.setattr(rescue, "read_machine", lambda: replace_head(machine))
+        seen = []
+        monkeypatch.setattr(loader, "load", lambda plan, _: seen.append(plan) or True)
+        assert main(["load", "--kernel", str(files / "vmlinux"), "--initrd", str(files / "initrd")]) == 0
+        (plan,) = seen
+        initrd = plan.segment("initrd").range
+        assert (initrd.start < 84 * MIB) is (start is None)
+        beyond = Range(max(initrd.start, 84 * MIB), initrd.end)
+        says = f"crashkernel: warning: {beyond} of the initramfs lies above the RMA and is not checked at a panic"
+        assert complaint(capsys) == says
+
     def test_a_dry_run_loads_nothing(self, files, monkeypatch, capsys):
         machine = rescue._machine(cli._parser(["plan"]).parse_args(plan_arguments(files)))
         monkeypatch.setattr(rescue, "read_machine", lambda: replace_head(machine))

@@ -19,7 +19,7 @@ from crashkernel.errors import LoadRefused, PlanError
 from crashkernel.formats.elf import CoreHeader
 from crashkernel.formats.fdt import DeviceTree
 from crashkernel.loader import STATE, Payload, assemble, load, refusal, status, status_json, unload
-from crashkernel.memory import Range, RangeSet
+from crashkernel.memory import Range, RangeSet, align_up
 from crashkernel.placement import plan_load
 from crashkernel.placement.plan import LoadPlan
 from crashkernel.placement.tree import capture_tree
@@ -247,17 +247,56 @@ class TestHandover:
 
     @pytest.mark.parametrize("content", ["kernel", "initrd", "fdt", "elfcorehdr", "purgatory"])
     def test_a_bit_that_falls_over_while_k2_waits_is_told_by_its_name(self, loaded, content):
-        """Wherever in the segment. What the purgatory writes is under no digest."""
-        plan, _, payloads = loaded
+        """Wherever in the segment, of the kernel's wherever in the image. What the purgatory writes is under no digest."""
+        plan, image, payloads = loaded
         random = np.random.default_rng(1)
         for segment in (s for s in plan.segments if s.content == content):
             size = 0x6000 if content == "purgatory" else segment.range.size
+            if content == "kernel":
+                size = min(size, image.span - segment.origin)
             for offset in (0, 0xFF, 0x100, 0xFFF, size - 1, int(random.integers(size))):
                 memory = Memory(plan, payloads)
                 memory.bytes[segment.range.start + offset] ^= 1 << int(random.integers(8))
                 damaged, *_ = memory.run()
                 names = {line.rpartition(": ")[2] for line in damaged}
                 assert names == {"" if content == "purgatory" else content}, f"{segment} {offset:#x}"
+
+    @pytest.mark.parametrize(
+        ("placement", "span", "radix"),
+        [("zero", 3 * MIB, True), ("zero", 3 * MIB, False), ("zero", 0x8001, True), ("reserved", 0x8000, True),
+         ("reserved", 0x8001, True), ("reserved", 0x8001, False)],
+    )  # fmt: skip
+    def test_a_bit_behind_the_image_is_nobody_s_business(self, placement, span, radix):
+        """It is free memory of K2's, up to the segment's end; the image's last line is not."""
+        found, image = small_machine(radix=radix), kernel(span)
+        plan = plan_load(found, image, len(INITRD), "console=hvc0", placement)
+        payloads = assemble(plan, found, image, INITRD)
+        segment = plan.segment("kernel").range
+        end = align_up(span, 128)
+        assert end < segment.size
+        whole = [], plan.entry, plan.segment("fdt").range.start
+        for offset in (end, end + 0x7F, (end + segment.size) // 2, segment.size - 1):
+            memory = Memory(plan, payloads)
+            memory.bytes[segment.start + offset] ^= 0x10
+            assert memory.run() == whole, f"{offset:#x}"
+        memory = Memory(plan, payloads)
+        memory.bytes[segment.start + end - 1] ^= 0x10
+        (line,), *_ = memory.run()
+        assert line.endswith(": kernel")
+
+    @every_placement
+    def test_a_bit_of_an_initrd_that_lies_half_above_the_rma(self, placement):
+        """Below it is told; what is above nobody reads before K2 does."""
+        found = replace(small_machine(), real_mode=Range(0, 96 * MIB))
+        initrd = bytes(40 * MIB)
+        plan = plan_load(found, kernel(), len(initrd), "console=hvc0", placement)
+        payloads = assemble(plan, found, kernel(), initrd)
+        (beyond,) = plan.unchecked
+        assert beyond == Range(96 * MIB, plan.segment("initrd").range.end)
+        for at, names in ((beyond.start - 1, ["initrd"]), (beyond.start, []), (beyond.end - 1, [])):
+            memory = Memory(plan, payloads)
+            memory.bytes[at] ^= 1
+            assert [line.rpartition(": ")[2] for line in memory.run()[0]] == names, f"{at:#x}"
 
     @every_placement
     def test_a_bit_of_the_purgatory_s_that_falls_over_later_stops_the_row_it_concerns(self, placement):

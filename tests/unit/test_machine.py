@@ -379,11 +379,34 @@ class TestServices:
         assert self.partition(vty_node(0)).console == 0
         assert self.partition().console is None
 
-    def opal(self, *consoles: Node, entry: bool = True) -> Services:
+    def test_what_stands_behind_a_colon_is_no_part_of_the_path(self):
+        """Devicetree Specification 3.6: options."""
+        for name in ("stdout-path", "linux,stdout-path"):
+            chosen = {name: b"/vdevice/vty@30000001:115200n8\0"}
+            assert self.partition(vty_node(0x30000000), vty_node(0x30000001), chosen=chosen).console == 0x30000001
+
+    @pytest.mark.parametrize("reg", [None, b"", bytes(9), u32(0, 0, 0x30000000), u64(0, 0x30000000)], ids=repr)
+    def test_a_terminal_whose_address_is_none(self, reg):
+        """Not what H_PUT_TERM_CHAR takes, and no reason to refuse the machine, named or not."""
+        node = vty_node(0x30000000)
+        odd = node.without("reg") if reg is None else node.with_property("reg", reg)
+        for chosen in (None, {"stdout-path": b"/vdevice/vty@30000000\0"}):
+            assert self.partition(odd, chosen=chosen).console is None
+            assert self.partition(odd, vty_node(0x30000001), chosen=chosen).console == 0x30000001
+
+    @pytest.mark.parametrize(("reg", "console"), [(b"\7", 7), (u32(0x30000000), 0x30000000), (b"\xff" * 8, (1 << 64) - 1)])
+    def test_an_address_of_one_byte_to_eight(self, reg, console):
+        assert self.partition(vty_node().with_property("reg", reg)).console == console
+
+    def serial(self, reg: bytes, compatible: bytes = b"ibm,opal-console-raw\0") -> Node:
+        return Node("serial", {"reg": reg, "compatible": compatible})
+
+    def opal(self, *consoles: Node, entry: bool = True, named: bool | None = None) -> Services:
+        """`named` says whether there is a node for consoles, which may have none in it."""
         properties = {"opal-base-address": u64(0x30000000), "opal-runtime-size": u64(0x2000000)}
         if entry:
             properties["opal-entry-address"] = u64(0x30000810)
-        node = Node("ibm,opal", properties, (Node("consoles", {}, consoles),) if consoles else ())
+        node = Node("ibm,opal", properties, (Node("consoles", {}, consoles),) if consoles or named else ())
         return machine_from_tree(tree(platform="none", rtas=self.RTAS, extra=[node])).services
 
     def test_bare_metal(self):
@@ -392,21 +415,32 @@ class TestServices:
 
     @pytest.mark.parametrize(("numbers", "console"), [([0], 0), ([1], 1), ([2, 1, 3], 1), ([0, 1], 0)])
     def test_the_consoles_of_bare_metal(self, numbers, console):
-        assert self.opal(*(Node(f"serial@{number}", {"reg": u32(number)}) for number in numbers)).console == console
+        assert self.opal(*(self.serial(u32(number)) for number in numbers)).console == console
+
+    def test_a_console_that_wants_packets_is_none(self):
+        packets = self.serial(u32(0), b"ibm,opal-console-hvsi\0")
+        assert self.opal(packets).console is None
+        assert self.opal(packets, self.serial(u32(1))).console == 1
+        assert self.opal(self.serial(u32(2)), packets).console == 2
+        assert self.opal(self.serial(u32(3), b"x\0ibm,opal-console-raw\0")).console == 3
+
+    def test_a_node_for_consoles_without_a_raw_one(self):
+        assert self.opal(named=True).console is None
+        for compatible in (b"", b"ibm,opal-console-raw2\0", b"xibm,opal-console-raw\0"):
+            assert self.opal(self.serial(u32(0), compatible)).console is None
+        assert self.opal(Node("serial@0", {"reg": u32(0)})).console is None
 
     def test_bare_metal_whose_opal_has_no_entry(self):
-        assert self.opal(Node("serial@0", {"reg": u32(0)}), entry=False) == Services()
+        assert self.opal(self.serial(u32(0)), entry=False) == Services()
 
     @pytest.mark.parametrize("name", ["linux,rtas-entry", *RTAS_TOKENS])
     def test_numbers_that_the_purgatory_has_no_room_for(self, name):
         with pytest.raises(FormatError, match=f"rtas: {name} reaches beyond 64 bits"):
             self.partition(rtas=rtas_node(self.RTAS).with_property(name, u64(1, 0)))
 
-    def test_a_terminal_that_the_purgatory_has_no_room_for(self):
-        with pytest.raises(FormatError, match="vty@71000000: reg reaches beyond 64 bits"):
-            self.partition(vty_node().with_property("reg", u64(1, 0)))
+    def test_a_console_that_the_purgatory_has_no_room_for(self):
         with pytest.raises(FormatError, match="serial: reg reaches beyond 64 bits"):
-            self.opal(Node("serial", {"reg": u64(1, 0)}))
+            self.opal(self.serial(u64(1, 0)))
 
 
 class TestHostile:

@@ -138,9 +138,31 @@ def check_invariants(plan: LoadPlan, found: Machine, image: KernelImage) -> None
     assert purgatory.size >= PURGATORY_SPAN
     assert plan.moves[1] == Copy(0, purgatory.start, LOW_PAGE)
 
-    # every byte that was loaded for K2 is checked where K2 finds it, and stays as it was checked
+    check_reach(plan, found)
+    check_checks(plan, found, image)
+
+
+def check_reach(plan: LoadPlan, found: Machine) -> None:
+    """The purgatory, with translation off, reads and writes only what it reaches."""
+    assert plan.real_mode == found.real_mode
+    for move in plan.moves:
+        assert all(plan.real_mode.contains(part) for part in (*move.read, *move.written)), f"out of reach: {move}"
+        assert plan.real_mode.contains(reads(move))
+        assert all(plan.real_mode.contains(part) for part in writes(move))
+
+
+def check_checks(plan: LoadPlan, found: Machine, image: KernelImage) -> None:
+    """Every byte that was loaded for K2 is checked where K2 finds it, and stays as it was checked.
+
+    All but what of the initrd the purgatory does not reach, and the zeros behind K2's image.
+    """
     checked = checked_at_last(plan)
-    assert checked.covers(Range.sized(plan.entry, align_up(image.span, PAGE))), "K2 is not checked"
+    image_end = plan.entry + align_up(image.span, LINE)
+    assert checked.covers(Range(plan.entry, image_end)), "K2 is not checked"
+    handed = RangeSet(s.range for s in plan.segments if s.content in ("initrd", "fdt", "elfcorehdr"))
+    assert not checked - handed - RangeSet([Range(0, LOW_PAGE), Range(plan.entry, image_end)]), "a check of K2's free memory"
+    initrd = RangeSet(s.range for s in plan.segments if s.content == "initrd")
+    assert plan.unchecked == initrd - RangeSet([found.real_mode]) == initrd - checked
     assert checked.covers(Range(0, HEAD_SIZE)), "K2's slave entry is not checked"
     assert not checked - plan.k2_memory, "a check of what is not K2's"
 
@@ -160,7 +182,10 @@ def checked_at_last(plan: LoadPlan) -> RangeSet:
         checked = checked | RangeSet([move.range]) if isinstance(move, Check) else checked - RangeSet(writes(move))
     for segment in plan.segments:
         if segment.content in ("initrd", "fdt", "elfcorehdr"):
-            assert checked.covers(segment.range), f"the {segment.content} is not checked"
+            needed = RangeSet([segment.range])
+            if segment.content == "initrd":  # the one that may lie out of reach
+                needed &= RangeSet([plan.real_mode])
+            assert not needed - checked, f"the {segment.content} is not checked"
     assert checked.covers(Range.sized(plan.entry, plan.kernel_span)), "K2 is not checked"
     return checked
 
@@ -290,7 +315,7 @@ class TestPlacements:
             Put(parked.start, 0, HEAD_SIZE),
             Exchange(LOW_PAGE, parked.start + LOW_PAGE, low - LOW_PAGE),
             *(Check(r.start, r.size) for r in checked),
-            Check(LOW_PAGE, low - LOW_PAGE),
+            Check(LOW_PAGE, 3 * MIB - LOW_PAGE),
             Copy(0, purgatory + SAVE_OFFSET, LOW_PAGE),
             Check(0, LOW_PAGE),
         )
@@ -350,6 +375,23 @@ class TestPlacements:
         assert services == found.services
         assert (plan.services.rtas_reboot, plan.services.rtas_nmi) == (tuple(RTAS_TOKENS.values()) if reachable else (0, 0))
         assert plan.services.console == VTY, "a hypercall's arguments are in registers"
+
+    def test_rtas_that_lies_above_4_gib_itself(self):
+        found = Services("papr", 1, rtas=(0x1000, 0x1040), rtas_reboot=2, rtas_nmi=3)
+        for rtas in ((5 * GIB, 5 * GIB + 0x40), (0x1000, 4 * GIB + 0x40), (4 * GIB + 0x40, 0x1000)):
+            high = replace(found, rtas=rtas)
+            assert _reachable(high, Range(0, PAGE)) == replace(high, rtas_reboot=0, rtas_nmi=0)
+            made = make_plan(replace(small_machine(), services=high), kernel(), "zero")
+            assert made.services == replace(high, rtas_reboot=0, rtas_nmi=0)
+
+    def test_a_plan_that_calls_rtas_from_above_4_gib(self):
+        found = small_machine(
+            memory=[memory_node(0, 8 * GIB)], region=Range.sized(4 * GIB, 256 * MIB), rtas=Range(GIB, GIB + PAGE)
+        )
+        plan = make_plan(found, kernel(), "zero")
+        for name, token in tokens(found.services).items():
+            text = replace(plan, services=replace(plan.services, **{name: token})).to_json()
+            assert "RTAS runs in 32-bit mode" in refuse(text)
 
     def test_a_purgatory_that_ends_at_4_gib(self):
         found = Services("papr", 1, rtas=(0x1000, 0x1040), rtas_reboot=2, rtas_nmi=3)
@@ -426,11 +468,43 @@ class TestPlacements:
         assert found.real_mode == Range(0, 96 * MIB)
         plan = make_plan(found, kernel(), placement, 60 * MIB)
         check_invariants(plan, found, kernel())
-        assert plan.segment("initrd").range.end > 96 * MIB
+        initrd = plan.segment("initrd").range
+        assert initrd.start < 96 * MIB < initrd.end
+        assert Check(initrd.start, 96 * MIB - initrd.start) in plan.moves, "as far as the purgatory reaches"
+        assert plan.unchecked == RangeSet([Range(96 * MIB, initrd.end)])
         small = make_plan(found, kernel(), placement, MIB)
         starts = [small.segment(content).range.start for content in ("purgatory", "elfcorehdr", "fdt", "initrd")]
         assert starts == sorted(starts), "lowest first, as on a machine that has no limit"
         assert small.segment("initrd").range.end < 96 * MIB
+        assert small.unchecked == RangeSet([])
+
+    @every_placement
+    def test_an_initrd_wholly_beyond_the_rma_is_checked_by_nobody(self, placement):
+        found = small_machine(
+            memory=[memory_node(0, 96 * MIB, 160 * MIB)], region=Range(64 * MIB, 192 * MIB), rtas=Range(90 * MIB, 96 * MIB)
+        )
+        plan = make_plan(found, kernel(), placement, 60 * MIB)
+        check_invariants(plan, found, kernel())
+        initrd = plan.segment("initrd").range
+        assert initrd.start >= 96 * MIB
+        assert plan.unchecked == RangeSet([initrd])
+        assert not any(move.range.overlaps(initrd) for move in plan.moves if isinstance(move, Check))
+        assert LoadPlan.from_json(plan.to_json()).unchecked == plan.unchecked
+
+    @every_placement
+    @pytest.mark.parametrize("radix", [True, False])
+    @pytest.mark.parametrize("span", [3 * MIB, 3 * MIB + 1, 3 * MIB + LINE, 0x8000])
+    def test_the_kernel_s_check_ends_with_its_image(self, placement, radix, span):
+        """On hash its segment has 16 MiB, nearly all of them zeros for K2's allocator: no reason to stay dead for."""
+        found = small_machine(radix=radix)
+        plan = make_plan(found, kernel(span), placement)
+        check_invariants(plan, found, kernel(span))
+        image = Range.sized(plan.entry, align_up(span, LINE))
+        pieces = [move.range for move in plan.moves if isinstance(move, Check) and move.range.overlaps(image)]
+        assert RangeSet(pieces) == RangeSet([image])
+        assert sum(piece.size for piece in pieces) == image.size, "and nothing twice"
+        if placement == "zero":
+            assert plan.segment("kernel").range.size >= (2 if radix else 16) * MIB
 
     def test_the_command_line_may_be_empty(self):
         plan = plan_load(small_machine(), kernel(), 0, "", "zero")
@@ -841,16 +915,29 @@ class TestJson:
             (lambda raw: raw["moves"].pop(5), "the elfcorehdr at 0x4610000-0x4620000 is not checked before K2 is entered"),
             (lambda raw: raw["moves"].pop(6), "the fdt at 0x4620000-0x4640000 is not checked"),
             (lambda raw: raw["moves"].pop(7), "the initrd at 0x4640000-0x4660000 is not checked"),
-            (lambda raw: raw["moves"].pop(8), "the kernel at 0x0-0x600000 is not checked"),
-            (lambda raw: raw["moves"].pop(10), "the kernel at 0x0-0x600000 is not checked"),
+            (lambda raw: raw["moves"].pop(8), "the kernel at 0x0-0x300000 is not checked"),
+            (lambda raw: raw["moves"].pop(10), "the kernel at 0x0-0x300000 is not checked"),
             (lambda raw: raw["moves"][7].update(size="0x1ff80"), "the initrd at 0x4640000-0x4660000 is not checked"),
-            (lambda raw: raw["moves"][8].update(at="0x1080", size="0x5fef80"), "the kernel at 0x0-0x600000 is not checked"),
-            (lambda raw: raw["moves"][8].update(at="0x4001000"), "nothing that was loaded lies whole at 0x4001000-0x4600000"),
-            (lambda raw: raw["moves"].insert(4, raw["moves"].pop(8)), "nothing that was loaded lies whole at 0x1000-0x600000"),
+            (lambda raw: raw["moves"][8].update(at="0x1080", size="0x2fef80"), "the kernel at 0x0-0x300000 is not checked"),
+            (lambda raw: raw["moves"][8].update(size="0x2fef80"), "the kernel at 0x0-0x300000 is not checked"),
+            (lambda raw: raw.update(kernel_span="0x300001"), "the kernel at 0x0-0x300080 is not checked"),
+            (lambda raw: raw.update(real_mode="0x0-0x4650000"), "a move touches 0x4640000-0x4660000, which a CPU with transl"),
+            (lambda raw: raw.update(real_mode="0x0-0x465ff80"), "does not reach: check 0x4640000-0x4660000"),
+            (lambda raw: raw.update(real_mode="0x0-0x4610000"), "the elfcorehdr 0x4610000-0x4620000 lies where"),
+            (lambda raw: raw.update(real_mode="0x0-0x4607f80"), "the purgatory 0x4600000-0x4610000 lies where"),
+            (lambda raw: raw.update(real_mode="0x80-0x10000000"), "a move touches 0x0-0x1000, which a CPU with translation"),
+            (lambda raw: raw.update(real_mode="0x0-0x4650000") or raw["moves"].pop(7), "the initrd at 0x4640000-0x4650000 is"),
+            (lambda raw: raw.update(real_mode="0x0-0x4650000") or raw["moves"][7].update(size="0xff80"), "0x4640000-0x4650000"),
+            (lambda raw: raw.update(memory=["0x0-0x20000000"], real_mode="0x0-0x10000000") or raw["moves"].append(
+                {"move": "copy", "dst": "0x1000000", "src": "0x10000000", "size": "0x80"}), "does not reach: copy 0x10000000-"),
+            (lambda raw: raw.update(memory=["0x0-0x20000000"], real_mode="0x0-0x10000000") or raw["moves"].append(
+                {"move": "copy", "dst": "0x10000000", "src": "0x1000000", "size": "0x80"}), "does not reach: copy 0x1000000-"),
+            (lambda raw: raw["moves"][8].update(at="0x4001000"), "nothing that was loaded lies whole at 0x4001000-0x4300000"),
+            (lambda raw: raw["moves"].insert(4, raw["moves"].pop(8)), "nothing that was loaded lies whole at 0x1000-0x300000"),
             (lambda raw: raw["moves"].insert(4, raw["moves"].pop(10)), "nothing that was loaded lies whole at 0x0-0x1000"),
             (lambda raw: raw["moves"].insert(0, check("0x4000000", "0x600000")) or raw["moves"].pop(9), "is not checked"),
-            (lambda raw: raw["moves"].extend([THERE_AND_BACK] * 2), "the kernel at 0x0-0x600000 is not checked"),
-            (lambda raw: raw["moves"].append(raw["moves"][9]), "the kernel at 0x0-0x600000 is not checked"),
+            (lambda raw: raw["moves"].extend([THERE_AND_BACK] * 2), "the kernel at 0x0-0x300000 is not checked"),
+            (lambda raw: raw["moves"].append(raw["moves"][9]), "the kernel at 0x0-0x300000 is not checked"),
             (lambda raw: raw["moves"].append(check("0x1000000", "0x1000")), "nothing that was loaded lies whole at 0x1000000"),
             (lambda raw: raw["moves"].append(check("0x4000000", "0x1000")), "nothing that was loaded lies whole at 0x4000000"),
             (lambda raw: raw["moves"].append(check("0x8000000", "0x1000")), "nothing that was loaded lies whole at 0x8000000"),
@@ -870,6 +957,10 @@ class TestJson:
             (lambda raw: raw["services"].update(rtas="0x0"), "no list of 2"),
             (lambda raw: raw["services"].update(rtas=["0x0", hex(1 << 64)]), "no 64-bit address"),
             (lambda raw: raw["services"].update(rtas=["0x0", None]), "None is no string"),
+            (lambda raw: raw["services"].update(rtas=["0xa000000", "0x100000040"]), "RTAS runs in 32-bit mode"),
+            (lambda raw: raw["services"].update(rtas=["0x100000040", "0xa000040"]), "RTAS runs in 32-bit mode"),
+            (lambda raw: raw["services"].update(rtas=["0x0", "0x100000040"], rtas_reboot="0x0"), "RTAS runs in 32-bit mode"),
+            (lambda raw: raw["services"].update(rtas=["0x0", "0x100000040"], rtas_nmi="0x0"), "RTAS runs in 32-bit mode"),
             (lambda raw: raw["services"].update(kind="xen"), "'xen' is none of none, papr, opal"),
             (lambda raw: raw["services"].update(kind=None), "None is none of none, papr, opal"),
             (lambda raw: raw["services"].update(kind=["papr"]), "is none of none, papr, opal"),
@@ -912,6 +1003,23 @@ class TestJson:
         assert len(plan.moves) == 15
         assert checked_at_last(plan) == checked_at_last(small_plan("zero"))
 
+    def test_a_check_of_the_zeros_behind_the_image_is_no_contradiction(self):
+        plan = LoadPlan.from_json(damaged(lambda raw: raw["moves"][8].update(size="0x5ff000")))
+        assert plan.moves[8] == Check(0x1000, 0x5FF000)
+
+    @pytest.mark.parametrize(("end", "size"), [(0x4650000, 0x10000), (0x4640080, 0x80), (0x4640000, 0)])
+    def test_what_real_mode_does_not_reach_of_the_initrd_need_not_be_checked(self, end, size):
+        def cut(raw):
+            raw.update(real_mode=f"0x0-{end:#x}")
+            raw["moves"][7].update(size=hex(size))
+            if not size:
+                raw["moves"].pop(7)
+
+        plan = LoadPlan.from_json(damaged(cut))
+        assert plan.real_mode == Range(0, end)
+        assert plan.unchecked == RangeSet([Range(end, 0x4660000)])
+        assert plan.unchecked == RangeSet([plan.segment("initrd").range]) - checked_at_last(plan)
+
     def test_a_write_to_the_saved_page_is_no_contradiction(self):
         """The one page of the purgatory's segment that its code leaves alone."""
         plan = LoadPlan.from_json(damaged(lambda raw: raw["moves"].append(at_saved(0xF80, 0x80))))
@@ -952,7 +1060,8 @@ class TestJson:
             Services(),
             Services("papr"),
             Services("papr", 0),
-            Services("papr", (1 << 64) - 1, (0, 0), (1, (1 << 64) - 1), 0xFFFFFFFF, 1),
+            Services("papr", (1 << 64) - 1, (0, 0), (1, (1 << 32) - 1), 0xFFFFFFFF, 1),
+            Services("papr", (1 << 64) - 1, (0, 0), (1, (1 << 64) - 1)),
             Services("opal", 0, (0x30000000, 0x30000810)),
         ],
     )
@@ -970,7 +1079,7 @@ class TestJson:
         assert raw[2] == {"move": "exchange", "dst": "0x4607000", "src": "0x4000000", "size": "0x1000"}
         assert raw[3] == {"move": "put", "dst": "0x4000000", "origin": "0x0", "size": "0x100"}
         assert raw[4] == {"move": "exchange", "dst": "0x1000", "src": "0x4001000", "size": "0x5ff000"}
-        assert raw[8] == {"move": "check", "at": "0x1000", "size": "0x5ff000"}
+        assert raw[8] == {"move": "check", "at": "0x1000", "size": "0x2ff000"}
 
     @pytest.mark.parametrize(("name", "value"), [("slaves", 1 << 32), ("slave_timeout", 1 << 64), ("slaves", True)])
     def test_counts_that_the_purgatory_has_no_room_for(self, name, value):

@@ -56,8 +56,8 @@ def tool(name: str) -> str:
 
 
 def parameters(image: bytes) -> tuple:
-    """The parameter block as purgatory.S declares it: magic, then thirteen words."""
-    return struct.unpack_from(">8s13Q", image, PARAMETERS_OFFSET)
+    """The parameter block as purgatory.S declares it: magic, then fourteen words."""
+    return struct.unpack_from(">8s14Q", image, PARAMETERS_OFFSET)
 
 
 def lanes(data: bytes) -> bytes:
@@ -96,15 +96,22 @@ class TestPack:
         image = self.packed(slaves=5, slave_timeout=0x6666, services=SERVICES, altivec=True, on_damage="reboot")
         assert parameters(image) == (
             MAGIC, 0x6666, 5, len(self.MOVES) + 1, 1, 1, 1, 0x71000000, 0, 0, 0x7000, 0x7040, 0x2014, 0x2028,
+            0xA3D,
         )  # fmt: skip
-        assert not any(image[PARAMETERS_OFFSET + 0x70 : SAVED_HEAD_OFFSET])
+        assert not any(image[PARAMETERS_OFFSET + 0x78 : SAVED_HEAD_OFFSET])
 
     def test_the_parameters_of_bare_metal(self):
         image = self.packed(services=Services("opal", 0, opal=(0x30000000, 0x30000810)))
-        assert parameters(image)[6:] == (2, 0, 0x30000000, 0x30000810, 0, 0, 0, 0)
+        assert parameters(image)[6:] == (2, 0, 0x30000000, 0x30000810, 0, 0, 0, 0, 0)
 
     def test_the_parameters_of_nothing_known(self):
-        assert parameters(self.packed()) == (MAGIC, 0, 0, 6, 0, 0, 0, (1 << 64) - 1, 0, 0, 0, 0, 0, 0)
+        assert parameters(self.packed()) == (MAGIC, 0, 0, 6, 0, 0, 0, (1 << 64) - 1, 0, 0, 0, 0, 0, 0, 0)
+
+    @pytest.mark.parametrize(("ticks", "each"), [(0, 0), (9, 0), (10, 1), (5_120_000_000, 512_000_000)])
+    def test_a_busy_console_is_granted_a_tenth_of_what_the_cpus_are(self, ticks, each):
+        image = self.packed(slave_timeout=ticks)
+        assert (parameters(image)[1], parameters(image)[14]) == (ticks, each)
+        assert struct.unpack_from(">Q", image, PARAMETERS_OFFSET + 0x70) == (each,)
 
     @pytest.mark.parametrize(("policy", "number"), [("halt", 0), ("reboot", 1), ("continue", 2)])
     def test_what_to_do_about_damage(self, policy, number):
@@ -291,6 +298,7 @@ class TestOfAPlan:
         tokens = RTAS_TOKENS["system-reboot"], RTAS_TOKENS["ibm,nmi-register"]
         assert parameters(image) == (
             MAGIC, 5_120_000_000, 1, len(plan.moves) + 1, 0, 1, 1, VTY, 0, 0, rtas.start, rtas.start + 0x40, *tokens,
+            512_000_000,
         )  # fmt: skip
         for number, move in enumerate(plan.moves):
             assert describe_move(move).encode() in row(image, number)[-1]
@@ -399,6 +407,7 @@ class TestShipped:
         assert symbols["params"] + symbols["P_RELEASED"] == crashkernel.purgatory.RELEASED_OFFSET
         assert symbols["loaded_at"] == LOADED_AT_OFFSETS[0]
         assert SHIPPED[HANDLER_OFFSET : HANDLER_OFFSET + 8] == symbols["exception"].to_bytes(8, "big")
+        assert symbols["P_CONSOLE_TIMEOUT"] == 0x70, "the last parameter"
         assert [symbols[name] for name in ("HALT", "REBOOT", "GO_ON")] == [0, 1, 2]
         assert [symbols[f"OPERATION_{name}"] for name in ("COPY", "EXCHANGE", "CHECK", "ENTER")] == [1, 2, 3, 4]
 
@@ -527,17 +536,53 @@ class TestListing:
         assert len(jumps) > 100
 
     def test_a_row_is_checked_before_it_is_obeyed(self, listing, symbols):
-        """Code and parameters first, then the row, then what it says: each row anew."""
+        """Code and parameters first, then the row, so that its text ends; and the row again when that was said."""
         row = [(name, operands) for at, _, name, operands in listing if symbols["next_row"] <= at < symbols["copy"]]
         calls = [operands.split("<")[1].rstrip(">") for name, operands in row if name == "bl"]
-        assert calls[:3] == ["require_code", "say", "require"]
+        assert calls[:4] == ["require_code", "require_row", "say", "require_row"]
         (obeyed,) = (number for number, (name, operands) in enumerate(row) if (name, operands) == ("ld", "r3,0(r28)"))
-        assert sum(name == "bl" for name, _ in row[:obeyed]) == 3
+        assert sum(name == "bl" for name, _ in row[:obeyed]) == 4
+        assert row[obeyed - 1][0] == "bl", "right behind the check, which alone comes between"
         loads = [operands for name, operands in row[:obeyed] if name.startswith("l") and "(r28)" in operands]
         assert loads == [], "nothing of a row is used before"
-        assert ("li", f"r4,{0xC0}") in row[:obeyed], "all of it but its digest"
+        asked = [
+            (name, operands) for at, _, name, operands in listing if symbols["require_row"] <= at < symbols["require_code"]
+        ]
+        assert asked[:3] == [("mr", "r3,r28"), ("li", f"r4,{0xC0}"), ("addi", f"r5,r28,{0xC0}")], "all of it but its digest"
+        assert [name for name, _ in asked[3:]] == ["b"]
+        assert asked[3][1].endswith("<require>")
         back = [at for at, _, name, operands in listing if name == "b" and operands.endswith("<next_row>")]
         assert len(back) == 1, "the only way on is through the checks"
+
+    def test_a_purgatory_that_is_not_whole_goes_nowhere(self, listing, symbols):
+        """Whatever the plan says of damage: the one way out of `require` but that of what is whole is to stop."""
+        inside = [each for each in listing if symbols["require"] <= each[0] < symbols["go_on_or_stop"]]
+        ways = [(name, operands.partition("<")[2].rstrip(">")) for *_, name, operands in inside if name.startswith("b")]
+        assert ways == [("bl", "check"), ("beqlr", ""), ("bl", "say"), ("b", "stop")]
+        assert inside[-1][2] == "b"
+
+    def test_whose_exception_it_is(self, listing, symbols):
+        """The crashing CPU's SPRG3 is the parameters' address; one more is that of the others that came."""
+        (slave, slave_register), (master, master_register) = (
+            (at, operands) for at, _, name, operands in listing if name in ("mtsprg", "mtsprg3")
+        )
+        assert symbols["slave"] < slave < symbols["master"] < master < symbols["catch_resets"]
+        at_word = {at: (name, operands) for at, _, name, operands in listing}
+        assert slave_register.endswith("r9")
+        assert at_word[slave - 4] == ("addi", "r9,r30,1")
+        assert master_register.endswith("r30")
+
+    def test_rtas_is_called_when_nobody_else_can_be_in_it(self, listing, symbols):
+        """Behind the wait for the other CPUs, and at the end of the road."""
+        calls = [at for at, _, name, operands in listing if name in ("b", "bl") and operands.endswith("<rtas>")]
+        assert len(calls) == 2
+        assert symbols["catch_resets"] < calls[0] < symbols["begin_rows"]
+        assert symbols["stop"] < calls[1] < symbols["exception"]
+        waits = [
+            at for at, _, name, operands in listing if name == "ld" and operands == f"r10,{symbols['P_SLAVES_EXPECTED']}(r30)"
+        ]
+        assert waits
+        assert max(waits) < symbols["catch_resets"]
 
     def test_altivec_is_behind_the_word_that_allows_it(self, listing, symbols):
         vectors = [at for at, _, name, _ in listing if name in ("lvx", "stvx")]
@@ -551,7 +596,7 @@ class TestListing:
         assert symbols["leave_hypervisor_areas"] < calls[0] < symbols["master"]
         assert symbols["say_papr"] < calls[1] < symbols["say_opal"]
 
-    def test_what_it_writes(self, listing):
+    def test_what_it_writes(self, listing, symbols):
         """No stack: a store's base is a move's (r26, r27), the parameters (r30), the log and the digits (r5), or K2's tree."""
         stores = [
             (name, operands)
@@ -563,5 +608,7 @@ class TestListing:
         assert [operands for _, operands in stores if "(r3)" in operands] == ["r31,28(r3)"], "boot_cpuid_phys"
         indexed = [(name, operands) for _, _, name, operands in listing if re.fullmatch(r"st\w+x\.?|dcbz", name)]
         assert {operands for name, operands in indexed if name == "stbx"} == {"r6,r5,r4"}, "the log"
-        assert {operands for name, operands in indexed if name == "stdcx."} == {"r9,0,r10"}, "the count of CPUs"
+        counts = [(at, operands) for at, _, name, operands in listing if name == "stdcx."]
+        assert [operands for _, operands in counts] == ["r9,0,r10"] * 2, "the count of CPUs, and whose exception is noted"
+        assert symbols["slave"] < counts[0][0] < symbols["master"] < symbols["exception"] < counts[1][0]
         assert {name for name, _ in indexed} == {"stbx", "stdcx.", "stvx"}

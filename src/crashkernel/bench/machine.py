@@ -294,6 +294,8 @@ class Run:
         case = self.case
         found = self.finish()
         msr = self.left["msr"] & ~(MSR_LE | MSR_RI)
+        if not msr >> 63:
+            yield "the bench's K1 was in 32-bit mode"
         found["msr"] &= ~MSR_RI
         wanted = {"r3": case.tree, "r4": case.entry, "r5": 0, "r6": 0, "r7": 0, "r8": 0, "r9": 0}
         wanted |= {"msr": msr, "marker": MARKER}

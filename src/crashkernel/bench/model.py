@@ -133,7 +133,7 @@ class Case:
     def code(self) -> Iterator[tuple[int, bytes]]:
         """What is executed: addresses and bytes."""
         yield self.k2_at, self.k2
-        yield self.base, self.image
+        yield self.base, self.image.ljust(PURGATORY_SIZE, b"\0")  # kexec_load fills a segment with zeros
         yield 0, self.image[:HEAD_SIZE]
 
     def hand_over(self, memory: Bytes) -> None:

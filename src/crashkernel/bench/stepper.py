@@ -10,6 +10,8 @@ What was found out about QEMU 7.2, and rules this module:
 - a packet may follow another before the first is answered, so forty registers cost one trip, not forty;
 - the host may write guest memory through its shared file, but QEMU then goes on executing what it translated before. What
   may be executed is therefore written by the debugger (`M`), which drops such translations;
+- a CPU in checkstop, or in nap with nothing to wake it, answers no step; an interrupt (a byte 3) gets the debugger back, but
+  not the CPU;
 - registers travel in the byte order that MSR.LE says at that moment;
 - `-S` stops the machine before its first instruction, so no stub has to bring a CPU to its starting point.
 """
@@ -31,7 +33,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from crashkernel.bench.cpus import QEMU
-from crashkernel.errors import EnvironmentFault
+from crashkernel.errors import CrashkernelError, EnvironmentFault
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -49,12 +51,30 @@ MSR_SF, MSR_HV, MSR_EE, MSR_PR, MSR_ME, MSR_IR, MSR_DR, MSR_RI, MSR_LE = (
 # gdb's numbers (gdb-xml/power64-core.xml in QEMU); the special registers after them are asked for by name.
 _CORE = {f"r{number}": number for number in range(32)} | {"pc": 64, "msr": 65, "cr": 66, "lr": 67, "ctr": 68, "xer": 69}
 _CORE_REGISTERS = 71
-_STATE = (*(f"r{number}" for number in range(32)), "pc", "cr", "lr", "ctr", "xer", "srr0", "srr1")  # and msr, before them
+_STATE = (
+    *(f"r{number}" for number in range(32)),
+    "pc",
+    "cr",
+    "lr",
+    "ctr",
+    "xer",
+    "srr0",
+    "srr1",
+    "sprg3",
+)  # and msr, before them
 
 _PIECE = 0x700  # bytes of memory in one `M` packet: QEMU's buffer is 4096 characters
 _NOWHERE = 0x1000  # where the CPUs would start if anybody let them; not 0, which the loader device takes for nothing
 _GAP = 64  # bytes: differences closer than this are written as one
 _LATE = 30.0  # seconds for an answer that takes microseconds: a loaded host
+_STEP = 5.0  # seconds for one instruction
+
+
+class StandsStill(CrashkernelError):
+    """A CPU does not execute its next instruction, or QEMU's debug port says nothing sensible of it: a checkstop, a nap.
+
+    Nothing brings such a CPU back but a new QEMU.
+    """
 
 
 @dataclass(frozen=True)
@@ -74,6 +94,7 @@ class Stepper:
         self._cpu = 0
         self._little = [False] * 8  # by CPU: the byte order its registers travel in
         self._stops: set[int] = set()
+        self._threads: dict[int, Path] = {}
         self.memory: BYTES = np.frombuffer(mapped, np.uint8)
         """The arena, shared with the guest. Write nothing here that was ever executed: see `poke`."""
         self._numbers = dict(_CORE)
@@ -98,7 +119,15 @@ class Stepper:
                 file.truncate(cpu.memory)
                 mapped = mmap.mmap(file.fileno(), arena)
             command = cpu.command(ram, firmware, [_NOWHERE] * count)
-            command += ["-S", "-chardev", f"socket,id=gdb,path={place},server=on,wait=off", "-gdb", "chardev:gdb"]
+            command += [
+                "-name",
+                "stepper,debug-threads=on",
+                "-S",
+                "-chardev",
+                f"socket,id=gdb,path={place},server=on,wait=off",
+                "-gdb",
+                "chardev:gdb",
+            ]
             with errors.open("wb") as sink:
                 process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink)
             stack.callback(process.wait)
@@ -174,8 +203,20 @@ class Stepper:
     # -- going on
 
     def step(self, cpu: int = 0) -> int:
-        """One instruction on one CPU; the address of the next."""
-        self._ask(f"vCont;s:{_thread(cpu)}")
+        """One instruction on one CPU; the address of the next.
+
+        :raise StandsStill: it does not execute it.
+        """
+        return self.step_reading(cpu=cpu)[0]
+
+    def step_reading(self, *names: str, cpu: int = 0) -> tuple[int, ...]:
+        """One instruction; the address of the next, and what these core registers were before it."""
+        before = self._on(cpu, *(f"p{self._numbers[name]:x}" for name in names))
+        values = [self._number(answer, cpu) for answer in before]
+        self._go_on(f"vCont;s:{_thread(cpu)}", _STEP)
+        return self._pc(cpu), *values
+
+    def _pc(self, cpu: int) -> int:
         (answer,) = self._on(cpu, "p40")
         if self._little[cpu] or answer[:8] != "00000000":  # after an rfid the byte order may be another
             return self.read("pc", cpu=cpu)[0]
@@ -211,7 +252,17 @@ class Stepper:
 
     def run(self, seconds: float, *cpus: int) -> int | None:
         """Let CPUs run, the first if none is named, until one comes to a stop: which. None after `seconds` of wall clock."""
-        self._send("vCont" + "".join(f";c:{_thread(cpu)}" for cpu in cpus or (0,)))
+        try:
+            return self._go_on("vCont" + "".join(f";c:{_thread(cpu)}" for cpu in cpus or (0,)), seconds)
+        except StandsStill:
+            return None
+
+    def _go_on(self, packet: str, seconds: float) -> int:
+        """Let CPUs go on until one comes to a stop: which. After `seconds` all are stopped.
+
+        :raise StandsStill: none came to a stop.
+        """
+        self._send(packet)
         self._port.settimeout(seconds)
         try:
             answer = self._receive()
@@ -219,16 +270,27 @@ class Stepper:
             self._port.settimeout(_LATE)
             self._port.sendall(b"\x03")
             answer = self._receive()
-            if answer.startswith("T02"):
-                self._cpu = -1
-                return None
+            if not answer.startswith("T02"):  # it came to a stop itself just then: let the interrupt be read before it goes on
+                self._ask(f"Hg{_thread(0)}")
         finally:
             self._port.settimeout(_LATE)
         came = re.match(r"T05thread:p01\.([0-9a-f]+);", answer)
+        self._cpu = -1
         if came is None:
-            raise EnvironmentFault(f"QEMU's debug port says {answer!r} of a stop")
+            raise StandsStill(f"QEMU's debug port says {answer!r}")
         self._cpu = int(came[1], 16) - 1
         return self._cpu
+
+    def ran(self, cpu: int = 0) -> tuple[float, float]:
+        """Seconds that a CPU has run on the host so far, and that it stood in line for it, as on a busy host.
+
+        A CPU that does neither is in checkstop, or naps.
+        """
+        if cpu not in self._threads:
+            tasks = Path(f"/proc/{self._process.pid}/task").iterdir()
+            (self._threads[cpu],) = (task for task in tasks if (task / "comm").read_text().startswith(f"CPU {cpu}/"))
+        ran, waited, _ = map(int, (self._threads[cpu] / "schedstat").read_text().split())
+        return ran / 1e9, waited / 1e9
 
     # -- all of it
 

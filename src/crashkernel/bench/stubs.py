@@ -138,6 +138,12 @@ class Code:
         """Write a special register."""
         return self.word(31 << 26 | register << 21 | (number & 31) << 16 | (number >> 5) << 11 | 467 << 1)
 
+    def sixty_four_bit(self) -> Code:
+        """Set MSR.SF, whatever it was."""
+        self.load(20, 1).mfmsr(21)
+        self.word(30 << 26 | 20 << 21 | 21 << 16 | 31 << 11 | 3 << 2 | 1 << 1)  # rldimi r21, r20, 63, 0
+        return self.word(0x7C000164 | 21 << 21)  # mtmsrd r21
+
     def sync(self) -> Code:
         """Stores before this are seen before stores after it."""
         return self.word(0x7C0004AC)
@@ -237,7 +243,8 @@ def _switch() -> bytes:
 def monitor(number: int) -> bytes:
     """What CPU `number` does between cases, at MONITOR + 0x400 * number: brings pieces (the first CPU), waits, goes."""
     offset = 8 * number
-    code = Code().load(20, TAKEN).ld(21, offset, 20).load(20, UP).sync().std(21, offset, 20)
+    # QEMU's pseries starts its CPUs in 32-bit mode; no K1 ends in that
+    code = Code().sixty_four_bit().load(20, TAKEN).ld(21, offset, 20).load(20, UP).sync().std(21, offset, 20)
     code.label("wait")
     if number == 0:
         code.load(20, LOAD).ld(21, 0, 20).load(20, LOADED).ld(22, 0, 20).cmpd(21, 22).branch("load", "bne")

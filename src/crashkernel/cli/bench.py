@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crashkernel.bench.cpus import BARE
-from crashkernel.cli import twin
+from crashkernel.cli import faults, twin
 from crashkernel.errors import UsageError
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     purgatory.add_argument("--case", metavar="NAME", help="run one case of --seed, and show its table")
     purgatory.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     purgatory.set_defaults(run=_purgatory)
+    faults.add_benches(benches)
 
 
 def _purgatory(arguments: argparse.Namespace) -> int:

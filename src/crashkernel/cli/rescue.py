@@ -141,6 +141,10 @@ def _load(arguments: argparse.Namespace) -> int:
             "cannot read this kernel's first bytes from /proc/kcore", hint="run as root; lockdown forbids it too"
         )
     payloads = loader.assemble(plan, machine, image, initrd)
+    for beyond in plan.unchecked:
+        print(
+            f"crashkernel: warning: {beyond} of the initramfs lies above the RMA and is not checked at a panic", file=sys.stderr
+        )
     _write_plan(arguments, plan)  # before the load: a path that cannot be written is to change nothing
     if not arguments.dry_run and not loader.load(plan, payloads):
         print(
@@ -159,7 +163,10 @@ def _status(arguments: argparse.Namespace) -> int:
         room = format_size(now.reserved_size) if now.reserved_size else "nothing"
         print(f"not loaded; {room} is reserved" + ("" if now.reserved_size else ": boot with crashkernel=512M"))
     elif now.plan is None:
-        print(f"loaded, perhaps by another tool: crashkernel has no record of it; {format_size(now.reserved_size)} is reserved")
+        print(
+            "loaded, perhaps by another tool: crashkernel has no record of it that it can read; "
+            f"{format_size(now.reserved_size)} is reserved"
+        )
     else:
         plan = now.plan
         where = f"in {plan.reserved} ({format_size(plan.reserved.size)})"

@@ -33,7 +33,7 @@ from crashkernel.errors import EnvironmentFault, FormatError, StageFailed, Usage
 from crashkernel.machine import HEAD_SIZE, Region
 from crashkernel.memory import Range, format_size
 from crashkernel.placement.plan import DamagePolicy, LoadPlan, PlacementName, SegmentContent
-from crashkernel.purgatory import STATE_OFFSET
+from crashkernel.purgatory import PARAMETERS_OFFSET, STATE_OFFSET
 
 if TYPE_CHECKING:
     from crashkernel.drill.debian import Kernel
@@ -398,8 +398,12 @@ async def _run_until(machine: RunningTwin, debugger: Debugger, address: int) -> 
 def _flip(ram: Path, plan: LoadPlan, content: SegmentContent) -> int:
     """Flip one bit, anywhere, of what was loaded as `content`; its address."""
     segment = plan.segment(content).range
-    size = STATE_OFFSET if content == "purgatory" else segment.size  # behind that it keeps its own notes
-    at = segment.start + secrets.randbelow(size)
+    if content == "purgatory":
+        # its code may go astray before it checks itself
+        segment = Range(segment.start + PARAMETERS_OFFSET, segment.start + STATE_OFFSET)
+    elif content == "kernel":
+        segment = Range.sized(segment.start, min(segment.size, plan.kernel_span))  # behind it is K2's free memory
+    at = segment.start + secrets.randbelow(segment.size)
     with ram.open("r+b", buffering=0) as file:
         file.seek(at)
         byte = file.read(1)[0] ^ 1 << secrets.randbelow(8)

@@ -193,10 +193,15 @@ def _services(root: Node, platform: Platform) -> Services:
         if opal is None or "opal-entry-address" not in opal.properties:
             return Services()
         consoles = opal.child("consoles")
-        terminals = [_word(node, "reg") for node in (consoles.children if consoles is not None else ())]
+        # "ibm,opal-console-hvsi" wants packets; a firmware that names none has a raw one of number 0 (hvc_opal_init_early)
+        terminals = [
+            _word(node, "reg")
+            for node in (consoles.children if consoles is not None else ())
+            if b"ibm,opal-console-raw" in node.properties.get("compatible", b"").split(b"\0")
+        ]
         return Services(
             "opal",
-            min(terminals, default=0),  # what firmware counts from 0 need not be named (hvc_opal_init_early)
+            min(terminals, default=0 if consoles is None else None),
             (_word(opal, "opal-base-address"), _word(opal, "opal-entry-address")),
         )
     if rtas is None or "linux,rtas-entry" not in rtas.properties:
@@ -213,14 +218,20 @@ def _services(root: Node, platform: Platform) -> Services:
 def _vty(root: Node) -> int | None:
     """The unit address of the terminal that the firmware talks to, if it takes plain characters.
 
-    hvc_vio_init_early, drivers/tty/hvc/hvc_vio.c: /chosen names it. A "hvterm-protocol" one wants packets.
+    hvc_vio_init_early, drivers/tty/hvc/hvc_vio.c: /chosen names it; if that is another device, the first there is. A
+    "hvterm-protocol" one wants packets.
     """
     chosen = root.child("chosen")
-    named = {_text(chosen, name) for name in ("stdout-path", "linux,stdout-path")} if chosen is not None else set()
+    # a path may have options behind a colon (Devicetree spec 3.6)
+    named = (
+        {_text(chosen, name).partition(":")[0] for name in ("stdout-path", "linux,stdout-path")}
+        if chosen is not None
+        else set()
+    )
     found = [
-        (path not in named, _word(node, "reg"))
+        (path not in named, _number(node, "reg"))
         for path, node in root.walk()
-        if b"hvterm1" in node.properties.get("compatible", b"").split(b"\0")
+        if b"hvterm1" in node.properties.get("compatible", b"").split(b"\0") and 0 < len(node.properties.get("reg", b"")) <= 8
     ]
     return min(found)[1] if found else None
 

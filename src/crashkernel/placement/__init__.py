@@ -28,6 +28,7 @@ from crashkernel.placement.plan import (
     final_layout,
     keep,
     loaded_contents,
+    to_check,
 )
 
 if TYPE_CHECKING:
@@ -103,8 +104,9 @@ def plan_load(
     ]
     if initrd_size:
         wanted.append(("initrd", initrd_size))
-    # Nothing reads the initrd with translation off. It goes lowest first like the rest, and so above the RMA only when it
-    # does not fit below: K2's early allocations have a block of their own (first_memblock_size, arch/powerpc/kernel/prom.c).
+    # Nothing but the purgatory's check reads the initrd with translation off. It goes lowest first like the rest, and so above
+    # the RMA, where it goes unchecked, only when it does not fit below: K2's early allocations have a block of their own
+    # (first_memblock_size, arch/powerpc/kernel/prom.c).
     segments = (
         *table.segments,
         *(Segment(content, room.take(content, size, real_mode=content != "initrd")) for content, size in wanted),
@@ -113,7 +115,8 @@ def plan_load(
     # everything is checked where the table leaves it, the largest and most exposed last: the kernel
     final = final_layout(machine.memory, region, segments, table.moves(purgatory.start, ()))
     loaded = sorted(loaded_contents(final, purgatory), key=lambda extent: extent.content == "kernel")
-    checks = [piece for extent in loaded for piece in RangeSet([extent.location]) - RangeSet([Range(0, tables.LOW_PAGE)])]
+    low_page = RangeSet([Range(0, tables.LOW_PAGE)])
+    checks = [piece for extent in loaded for piece in to_check(machine.real_mode, table.entry, image.span, extent) - low_page]
     moves = table.moves(purgatory.start, checks)
     kept = keep(machine.memory, region, segments, moves, k2_memory)
     elfcorehdr = next(segment.range.start for segment in segments if segment.content == "elfcorehdr")
@@ -131,6 +134,7 @@ def plan_load(
         cmdline=cmdline,
         machine=f"{machine.platform} {machine.mmu}, {machine.model}",
         memory=machine.memory,
+        real_mode=machine.real_mode,
         reserved=region,
         firmware=machine.firmware,
         # /proc/kallsyms has no data symbols in distribution kernels; the file has, if K2 is the kernel that runs
@@ -253,7 +257,7 @@ def _reserved(machine: Machine, image: KernelImage, region: Range, firmware: Ran
 
 def _reachable(services: Services, purgatory: Range) -> Services:
     """RTAS runs in 32-bit mode, its arguments included: from higher up it cannot be called."""
-    return services if purgatory.end <= 1 << 32 else replace(services, rtas_reboot=0, rtas_nmi=0)
+    return services if max(*services.rtas, purgatory.end - 1) < 1 << 32 else replace(services, rtas_reboot=0, rtas_nmi=0)
 
 
 def _whole_blocks(memory: RangeSet, block: int) -> RangeSet:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from crashkernel.errors import FormatError, PlanError
 from crashkernel.machine import HEAD_SIZE, Region, Services
-from crashkernel.memory import Range, RangeSet
+from crashkernel.memory import Range, RangeSet, align_up
 from crashkernel.placement.moves import K1, LINE, MAX_MOVES, Check, Copy, Exchange, Extent, Layout, Move, Put
 from crashkernel.placement.tables import LOW_PAGE, PURGATORY_SPAN, SAVE_OFFSET
 
@@ -61,6 +61,7 @@ class LoadPlan:
     cmdline: str  # K2's, elfcorehdr= included
     machine: str  # one line for people: platform, model, MMU
     memory: RangeSet
+    real_mode: Range  # what the purgatory, with translation off, reaches
     reserved: Range
     firmware: tuple[Region, ...]
     k1_layout: tuple[Region, ...]
@@ -81,6 +82,11 @@ class LoadPlan:
     def k1_memory(self) -> RangeSet:
         """What the dump must hold: all RAM but the reserved region."""
         return self.memory - RangeSet([self.reserved])
+
+    @property
+    def unchecked(self) -> RangeSet:
+        """What is loaded out of the purgatory's reach, and so is checked by nobody."""
+        return RangeSet(segment.range for segment in self.segments) - RangeSet([self.real_mode])
 
     def segment(self, content: SegmentContent) -> Segment:
         """The first segment with that content."""
@@ -118,6 +124,7 @@ class LoadPlan:
                 "cmdline": self.cmdline,
                 "machine": self.machine,
                 "memory": [str(r) for r in self.memory],
+                "real_mode": str(self.real_mode),
                 "reserved": str(self.reserved),
                 "firmware": [{"name": r.name, "range": str(r.range)} for r in self.firmware],
                 "k1_layout": [{"name": r.name, "range": str(r.range)} for r in self.k1_layout],
@@ -161,6 +168,7 @@ class LoadPlan:
                 cmdline=_text(raw["cmdline"]),
                 machine=_text(raw["machine"]),
                 memory=RangeSet(_ranges(raw["memory"])),
+                real_mode=_range(raw["real_mode"]),
                 reserved=_range(raw["reserved"]),
                 firmware=tuple(Region(_text(r["name"]), _range(r["range"])) for r in _list(raw["firmware"])),
                 k1_layout=tuple(Region(_text(r["name"]), _range(r["range"])) for r in _list(raw["k1_layout"])),
@@ -204,11 +212,16 @@ def check_plan(plan: LoadPlan) -> None:
         # sanity_check_segment_list, kernel/kexec_core.c: a crash segment outside crashk_res is -EADDRNOTAVAIL
         if not plan.reserved.contains(segment.range):
             raise PlanError(f"segment {segment.content} {segment.range} lies outside the reserved region {plan.reserved}")
+        if segment.content != "initrd" and not plan.real_mode.contains(segment.range):
+            raise PlanError(f"the {segment.content} {segment.range} lies where a CPU with translation off does not reach")
         for region in plan.firmware:
             if segment.range.overlaps(region.range):
                 raise PlanError(f"segment {segment.content} {segment.range} lies over {region.name!r} {region.range}")
     if {"kernel", "fdt", "elfcorehdr", "purgatory"} - {segment.content for segment in plan.segments}:
         raise PlanError("a plan needs kernel, fdt, elfcorehdr and purgatory segments")
+    services, limit = plan.services, 1 << 32
+    if (services.rtas_reboot or services.rtas_nmi) and max(*services.rtas, plan.segment("purgatory").range.end - 1) >= limit:
+        raise PlanError("RTAS runs in 32-bit mode: neither it nor the purgatory may lie above 4 GiB")
     if plan.segment("purgatory").range.size < PURGATORY_SPAN:
         raise PlanError(f"the purgatory needs {PURGATORY_SPAN:#x} bytes, not {plan.segment('purgatory').range}")
     if len(plan.moves) > MAX_MOVES:
@@ -243,6 +256,8 @@ def _check_move(plan: LoadPlan, move: Move) -> None:
             raise PlanError(f"not whole {LINE}-byte lines: {describe_move(move)}")
         if not plan.memory.covers(part):
             raise PlanError(f"a move touches {part}, which is no memory")
+        if not plan.real_mode.contains(part):
+            raise PlanError(f"a move touches {part}, which a CPU with translation off does not reach: {describe_move(move)}")
         for region in plan.firmware:
             if part.overlaps(region.range):
                 raise PlanError(f"a move touches {region.name!r} {region.range}: {describe_move(move)}")
@@ -255,7 +270,10 @@ def _check_move(plan: LoadPlan, move: Move) -> None:
 
 
 def _check_checks(plan: LoadPlan) -> None:
-    """Each check finds one content there, and what K2 needs is checked after the last move that touches it."""
+    """Each check finds one content there, and what K2 needs is checked after the last move that touches it.
+
+    Not needed is the memory behind K2's image in its own segment, which is zeros for K2's allocator.
+    """
     checked = RangeSet([])
     for move, (_, layout) in zip(plan.moves, plan.stages()[2:], strict=True):
         if isinstance(move, Check):
@@ -266,8 +284,18 @@ def _check_checks(plan: LoadPlan) -> None:
         checked -= RangeSet(move.written)
     final = final_layout(plan.memory, plan.reserved, plan.segments, plan.moves)
     for extent in loaded_contents(final, plan.segment("purgatory").range):
-        if not checked.covers(extent.location):
-            raise PlanError(f"the {extent.content} at {extent.location} is not checked before K2 is entered")
+        for needed in RangeSet([extent.location]) & to_check(plan.real_mode, plan.entry, plan.kernel_span, extent):
+            if not checked.covers(needed):
+                raise PlanError(f"the {extent.content} at {needed} is not checked before K2 is entered")
+
+
+def to_check(real_mode: Range, entry: int, kernel_span: int, loaded: Extent) -> RangeSet:
+    """The part of what was loaded that the purgatory can reach and K2 needs as it is."""
+    reached = RangeSet([real_mode]) & RangeSet([loaded.location])
+    if loaded.content != "kernel":
+        return reached
+    # the image, and the copy of its head at 0
+    return reached & RangeSet([Range(0, LOW_PAGE), Range.sized(entry, align_up(kernel_span, LINE))])
 
 
 def loaded_contents(layout: Layout, purgatory: Range) -> tuple[Extent, ...]:

@@ -41,7 +41,7 @@ LOG_SIZE = 0x2000
 MAGIC = b"CRASHPRG"
 
 # magic, timeout, slaves, rows, on damage, altivec, firmware, console, opal base, opal entry, rtas base, entry, reboot, nmi
-_PARAMETERS = struct.Struct(">8s 13Q")
+_PARAMETERS = struct.Struct(">8s 14Q")
 _ROW = struct.Struct(">QQQQ 64s 96s")  # operation, dst, src, size, digest, text; then the digest of these
 _ROW_SIZE = _ROW.size + DIGEST_SIZE
 _COPY, _EXCHANGE, _CHECK, _ENTER = 1, 2, 3, 4
@@ -95,7 +95,8 @@ def pack(
 ) -> bytes:
     """The purgatory for a table of moves, to lie at physical `base`.
 
-    `expected` are name and digest for each `Check` among the moves, in order; `slave_timeout` is in timebase ticks.
+    `expected` are name and digest for each `Check` among the moves, in order; `slave_timeout` is in timebase ticks, and a
+    busy console is granted a tenth of it for each text.
     :raise PlanError: more moves than the table has rows, or one that the purgatory cannot make; not one digest for each check.
     """
     checks = sum(isinstance(move, Check) for move in moves)
@@ -116,7 +117,7 @@ def pack(
     _PARAMETERS.pack_into(
         image, PARAMETERS_OFFSET, MAGIC, slave_timeout, slaves, len(moves) + 1, DAMAGE_POLICIES.index(on_damage), altivec,
         _FIRMWARE[services.kind], _NO_CONSOLE if services.console is None else services.console, *services.opal,
-        *services.rtas, services.rtas_reboot, services.rtas_nmi,
+        *services.rtas, services.rtas_reboot, services.rtas_nmi, slave_timeout // 10,
     )  # fmt: skip
     image[SAVED_HEAD_OFFSET : SAVED_HEAD_OFFSET + HEAD_SIZE] = head
     digests = iter(expected)

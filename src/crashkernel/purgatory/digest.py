@@ -4,7 +4,8 @@ Lane j is the CRC-32 (zlib's: polynomial 0x04c11db7, reflected) of the words j, 
 
 - a flipped bit changes one lane: a CRC-32 misses no single bit;
 - two flipped bits change one lane or two: a CRC-32 misses no two bits within 2^32 - 1 (512 MiB of a lane, 8 GiB of data);
-- a burst of up to 64 bytes leaves in each lane it touches at most 32 neighbouring bits: a CRC-32 misses no burst of 32 bits.
+- a burst of up to 64 whole bytes leaves in each lane it touches at most 4 neighbouring bytes: a CRC-32 misses no burst of 32
+  bits.
 
 Anything else goes unseen once in 2^32 for each lane that it touches. It is no defence against an enemy, who could repair
 the digest too.

@@ -54,6 +54,7 @@
         .set    P_RTAS_ENTRY,     0x58
         .set    P_RTAS_REBOOT,    0x60  # token of system-reboot
         .set    P_RTAS_NMI,       0x68  # token of ibm,nmi-register; 0: none
+        .set    P_CONSOLE_TIMEOUT,0x70  # timebase ticks that a text may wait for a console that is busy
         .set    P_HEAD,           0x100 # K1's first 0x100 bytes, saved at load time
         .set    P_END,            0x200
         .set    P_TABLE,          AT_TABLE - AT_PARAMS
@@ -66,10 +67,15 @@
         .set    P_ARRIVED,        P_STATE + 0x80        # CPUs that came: the same count in both halves
         .set    P_RELEASED,       P_STATE + 0x88        # P_MAGIC: K2's head is at address 0, go to its 0x60
         .set    P_LOG_END,        P_STATE + 0x90
-        .set    P_FAULTED,        P_STATE + 0x98        # not 0: an exception was told already
+        .set    P_FAULTED,        P_STATE + 0x98        # not 0: a CPU that waits has taken an exception, noted below
         .set    P_LENGTH,         P_STATE + 0xa0        # for OPAL, which takes the address of a length
         .set    P_RTAS_ARGS,      P_STATE + 0xa8        # token, nargs, nret, args, rets: 32 bits each
+        .set    P_FAULT_VECTOR,   P_STATE + 0xc0        # of a CPU that waits
+        .set    P_FAULT_SRR0,     P_STATE + 0xc8
         .set    P_DIGITS,         P_STATE + 0xd0        # a number as text
+        .set    P_FAULT_SRR1,     P_STATE + 0xe8
+        .set    P_FAULT_CLAIM,    P_STATE + 0xf0        # not 0: one is being noted
+        .set    P_FAULTED_HERE,   P_STATE + 0xf8        # not 0: the crashing CPU has told one of its own
         .set    STATE_SIZE,       0x100
 
         .set    HALT,               0   # P_ON_DAMAGE; whatever is neither of the others
@@ -103,7 +109,8 @@
         .set    OPAL_CONSOLE_WRITE,   1 # skiboot doc/opal-api
         .set    OPAL_CEC_REBOOT,      6
         .set    OPAL_POLL_EVENTS,    10
-        .set    TRIES,            0x4000        # of a console that is busy
+        .set    OPAL_BUSY,           -2
+        .set    OPAL_BUSY_EVENT,    -12
 
         .set    MSR_VEC,          0x0200        # upper half of the low word
         .set    LINE,             0x80  # cache block size of every 64-bit POWER server CPU since the 970
@@ -231,13 +238,15 @@ slave:
         bcl     20,31,1f
 1:      mflr    %r30
         addi    %r30,%r30,(params - 1b)
-        mtsprg  3,%r30                  # one of ours, should it come to an exception
+        addi    %r9,%r30,1
+        mtsprg  3,%r9                   # one of ours, should it come to an exception
         mr      %r31,%r3                # physical id
         bl      leave_hypervisor_areas
         li      %r8,1
         sldi    %r7,%r8,32
         or      %r8,%r8,%r7             # one in either half: a count that was hit by anything else shows
         addi    %r10,%r30,P_ARRIVED
+        sync                            # what this CPU wrote as K1's is in memory before anything moves
 2:      ldarx   %r9,0,%r10
         add     %r9,%r9,%r8
         stdcx.  %r9,0,%r10
@@ -281,10 +290,9 @@ master:
         bcl     20,31,1f
 1:      mflr    %r30
         addi    %r30,%r30,(params - 1b)
-        mtsprg  3,%r30                  # as for the others
+        mtsprg  3,%r30                  # the one that hands over, should it come to an exception
         li      %r9,0
         std     %r9,P_LOG_END(%r30)
-        std     %r9,P_FAULTED(%r30)
         bl      leave_hypervisor_areas
         addi    %r3,%r30,(_start - params)
         li      %r4,AT_STATE
@@ -294,25 +302,8 @@ master:
         addi    %r3,%r30,(text_begin - params)
         bl      say
 
-# Machine checks and system resets of a partition go where K1 registered its handlers, which is text that is about to move
-# (fwnmi_init, arch/powerpc/platforms/pseries/setup.c). Have them at 0x200 and 0x100, like everybody's.
-        ld      %r9,P_RTAS_NMI(%r30)
-        cmpdi   %r9,0
-        beq     wait_for_slaves
-        stw     %r9,P_RTAS_ARGS(%r30)
-        li      %r9,2                   # nargs
-        stw     %r9,P_RTAS_ARGS+4(%r30)
-        li      %r9,1                   # nret
-        stw     %r9,P_RTAS_ARGS+8(%r30)
-        li      %r9,0x100
-        stw     %r9,P_RTAS_ARGS+12(%r30)
-        li      %r9,0x200
-        stw     %r9,P_RTAS_ARGS+16(%r30)
-        bl      rtas
-
 # Moving K1's text under a CPU that still executes it (kexec_wait) sends that CPU anywhere. Wait until all have left,
 # but not for ever: one that is stuck never comes.
-wait_for_slaves:
         ld      %r10,P_SLAVES_EXPECTED(%r30)
         ld      %r11,P_SLAVE_TIMEOUT(%r30)
         mftb    %r12
@@ -329,7 +320,7 @@ wait_for_slaves:
         blt     2b
 4:      isync
         or.     %r9,%r10,%r8
-        beq     begin_rows              # a single CPU: nothing to tell
+        beq     catch_resets            # a single CPU: nothing to tell
         mr      %r22,%r8
         addi    %r3,%r30,(text_prefix - params)
         bl      say
@@ -344,20 +335,39 @@ wait_for_slaves:
         addi    %r3,%r30,(text_cpus - params)
         bl      say
 
+# Machine checks and system resets of a partition go where K1 registered its handlers, which is text that is about to move
+# (fwnmi_init, arch/powerpc/platforms/pseries/setup.c). Have them at 0x200 and 0x100, like everybody's.
+# Only now: RTAS takes one call at a time, and K1's other CPUs may have been in one.
+catch_resets:
+        ld      %r9,P_RTAS_NMI(%r30)
+        cmpdi   %r9,0
+        beq     begin_rows
+        stw     %r9,P_RTAS_ARGS(%r30)
+        li      %r9,2                   # nargs
+        stw     %r9,P_RTAS_ARGS+4(%r30)
+        li      %r9,1                   # nret
+        stw     %r9,P_RTAS_ARGS+8(%r30)
+        li      %r9,0x100
+        stw     %r9,P_RTAS_ARGS+12(%r30)
+        li      %r9,0x200
+        stw     %r9,P_RTAS_ARGS+16(%r30)
+        bl      rtas
+
 # ---------------------------------------------------------------------------------------------- the rows
 begin_rows:
         ld      %r29,P_ROWS(%r30)
         addi    %r28,%r30,P_TABLE
 next_row:
+        ld      %r9,P_FAULTED(%r30)
+        cmpdi   %r9,0
+        bne     other_faulted
         bl      require_code
         cmpdi   %r29,0
         beq     unknown_operation       # a table ends with the entry of K2
+        bl      require_row             # its text ends
         addi    %r3,%r28,ROW_TEXT
         bl      say
-        mr      %r3,%r28                # a row that was hit since must not be obeyed
-        li      %r4,ROW_OWN_DIGEST
-        addi    %r5,%r28,ROW_OWN_DIGEST
-        bl      require
+        bl      require_row             # a row that was hit since must not be obeyed
         ld      %r3,ROW_OPERATION(%r28)
         ld      %r4,ROW_DST(%r28)
         ld      %r5,ROW_SRC(%r28)
@@ -612,25 +622,28 @@ check:
         cmpwi   %r4,0
         blr
 
-# Code and parameters must be whole.
+# Parts of this image must be whole: as `check`, but the answer is to return, or never to. What may be wrong with K2 is for
+# the plan to risk; with a purgatory that is wrong nobody knows what it does to K1.
+require_row:
+        mr      %r3,%r28
+        li      %r4,ROW_OWN_DIGEST
+        addi    %r5,%r28,ROW_OWN_DIGEST
+        b       require
+
 require_code:
         addi    %r3,%r30,(_start + AT_CODE - params)
         li      %r4,AT_PARAMS + P_END - AT_CODE
         addi    %r5,%r30,P_CODE_DIGEST
         # fall through
 
-# A part of this image must be whole: as `check`, but the answer is to return, or never to.
 require:
         mflr    %r0                     # the one register that `check` leaves alone
         bl      check
         mtlr    %r0
         beqlr
-        mr      %r22,%r0
         addi    %r3,%r30,(text_self - params)
         bl      say
-        bl      go_on_or_stop
-        mtlr    %r22
-        blr
+        b       stop
 
 # ---------------------------------------------------------------------------------------------- the end of the road
 # Damage was told. Returns if the plan wants K2 entered all the same.
@@ -650,11 +663,20 @@ stop:
         ld      %r9,P_FIRMWARE(%r30)
         cmpdi   %r9,OPAL
         bne     1f
-        li      %r0,OPAL_CEC_REBOOT
+2:      li      %r0,OPAL_CEC_REBOOT
         bl      opal
-2:      li      %r0,OPAL_POLL_EVENTS    # the reboot is the firmware's own work
+        mr      %r22,%r3
+        cmpdi   %r22,0
+        beq     3f
+        cmpdi   %r22,OPAL_BUSY
+        beq     3f
+        cmpdi   %r22,OPAL_BUSY_EVENT
+        bne     halt
+3:      li      %r0,OPAL_POLL_EVENTS    # the reboot is the firmware's own work
         addi    %r3,%r30,P_LENGTH
         bl      opal
+        cmpdi   %r22,0
+        beq     3b
         b       2b
 1:      ld      %r9,P_RTAS_REBOOT(%r30)
         cmpdi   %r9,0
@@ -678,15 +700,6 @@ exception:
         bcl     20,31,1f
 1:      mflr    %r30
         addi    %r30,%r30,(params - 1b)
-        mfsprg  %r9,3
-        cmpd    %r9,%r30
-        bne     halted
-        ld      %r9,P_FAULTED(%r30)
-        cmpdi   %r9,0
-        bne     halted                  # telling the first one brought this one about, or it is another CPU's
-        li      %r9,1
-        std     %r9,P_FAULTED(%r30)
-        mr      %r22,%r3
         addi    %r9,%r3,-0xe00          # a hypervisor interrupt, 0xe00 to 0xea0 or 0xf80, has registers of its own
         cmpldi  %r9,0xa0
         ble     2f
@@ -694,7 +707,36 @@ exception:
         bne     3f
 2:      mfspr   %r20,314                # HSRR0, HSRR1
         mfspr   %r21,315
-3:      addi    %r3,%r30,(text_exception - params)
+3:      mfsprg  %r9,3
+        subf    %r9,%r30,%r9            # 0: the crashing CPU, 1: another that came
+        cmpdi   %r9,0
+        beq     5f
+        cmpdi   %r9,1
+        bne     halted
+
+# Only one CPU speaks. This one notes the first exception of its kind, for next_row to find.
+        addi    %r10,%r30,P_FAULT_CLAIM
+4:      ldarx   %r9,0,%r10
+        cmpdi   %r9,0
+        bne     halted
+        li      %r9,1
+        stdcx.  %r9,0,%r10
+        bne-    4b
+        std     %r3,P_FAULT_VECTOR(%r30)
+        std     %r20,P_FAULT_SRR0(%r30)
+        std     %r21,P_FAULT_SRR1(%r30)
+        sync
+        std     %r9,P_FAULTED(%r30)
+        b       halted
+
+5:      ld      %r9,P_FAULTED_HERE(%r30)
+        cmpdi   %r9,0
+        bne     halted                  # telling the first one brought this one about
+        li      %r9,1
+        std     %r9,P_FAULTED_HERE(%r30)
+tell_fault:
+        mr      %r22,%r3
+        addi    %r3,%r30,(text_exception - params)
         bl      say
         mr      %r3,%r22
         li      %r4,4
@@ -710,6 +752,13 @@ exception:
         li      %r4,16
         bl      say_hex
         b       stop
+
+other_faulted:
+        isync                           # what was noted is read after the word that says so
+        ld      %r3,P_FAULT_VECTOR(%r30)
+        ld      %r20,P_FAULT_SRR0(%r30)
+        ld      %r21,P_FAULT_SRR1(%r30)
+        b       tell_fault
 
 # ---------------------------------------------------------------------------------------------- what it says
 # r3 as r4 hexadecimal digits, 0x before them. Clobbers what `say` does.
@@ -756,7 +805,7 @@ say:
         ld      %r9,P_CONSOLE(%r30)
         cmpdi   %r9,-1
         beq     said
-        li      %r24,TRIES
+        mftb    %r24
         ld      %r9,P_FIRMWARE(%r30)
         cmpdi   %r9,PAPR
         beq     say_papr
@@ -785,15 +834,22 @@ say_papr:
         add     %r26,%r26,%r23
         subf    %r25,%r23,%r25
         b       say_papr
-2:      addi    %r24,%r24,-1
-        cmpdi   %r24,0
-        beq     said
-        cmpdi   %r3,H_BUSY
-        beq     1b
+2:      cmpdi   %r3,H_BUSY
+        beq     3f
         addi    %r3,%r3,-H_LONG_BUSY
         cmpldi  %r3,5
-        ble     1b
+        bgt     said
+3:      bl      patience
+        blt     1b
         b       said
+
+# cr0.lt says that there is time left for this text, which began at r24.
+patience:
+        mftb    %r3
+        subf    %r3,%r24,%r3
+        ld      %r4,P_CONSOLE_TIMEOUT(%r30)
+        cmpld   %r3,%r4
+        blr
 
 say_opal:
         cmpdi   %r25,0
@@ -804,8 +860,12 @@ say_opal:
         addi    %r4,%r30,P_LENGTH
         mr      %r5,%r26
         bl      opal
+        cmpdi   %r3,OPAL_BUSY
+        beq     1f
+        cmpdi   %r3,OPAL_BUSY_EVENT
+        beq     1f
         cmpdi   %r3,0
-        bne     1f
+        bne     said
         ld      %r4,P_LENGTH(%r30)      # as much as it took
         cmpld   %r4,%r25
         bgt     said
@@ -814,9 +874,8 @@ say_opal:
 1:      li      %r0,OPAL_POLL_EVENTS    # moves what it took on to the wire
         addi    %r3,%r30,P_LENGTH
         bl      opal
-        addi    %r24,%r24,-1
-        cmpdi   %r24,0
-        bne     say_opal
+        bl      patience
+        blt     say_opal
         b       said
 
 # ---------------------------------------------------------------------------------------------- firmware
@@ -837,6 +896,8 @@ rtas:
 1:      mflr    %r6
         addi    %r6,%r6,(2f - 1b)
         mtlr    %r6
+        li      %r6,0
+        mtcr    %r6                     # as the kernel does, for the sake of some RTAS
         mfmsr   %r26
         clrldi  %r7,%r26,1              # MSR.SF off
         li      %r8,0
@@ -844,8 +905,13 @@ rtas:
         mtsrr0  %r5
         mtsrr1  %r7
         rfid
-2:      mtmsrd  %r26
+2:      li      %r8,1                   # it gives back the lower halves of registers only: MSR.SF again, lr and params
+        rldimi  %r26,%r8,63,0
+        mtmsrd  %r26
         isync
+        clrldi  %r27,%r27,32            # all of us lies below 4 GiB, or RTAS would not have been called
+        clrldi  %r30,%r30,32
+        clrldi  %r31,%r31,32            # an id has 32 bits
         mtlr    %r27
         blr
 
