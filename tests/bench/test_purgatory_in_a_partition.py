@@ -9,7 +9,7 @@ import contextlib
 import pytest
 
 from crashkernel.bench.cpus import MIB
-from crashkernel.bench.stubs import MONITOR, START_BOX, STUB_SIZE, Code, k2_code
+from crashkernel.bench.stubs import K2_BOX, K2_WORDS, MONITOR, START_BOX, STUB_SIZE, Code, k2_code
 from crashkernel.machine import HEAD_SIZE, Services
 from crashkernel.placement.moves import Exchange, Put
 from support.bench import QUIET, case
@@ -128,3 +128,41 @@ def test_areas_that_were_never_registered_are_no_obstacle(machine_of):
         assert run.finish()["r4"] == 0
         assert run.machine.u64(RESULTS + 0x200) == H_RESOURCE
         assert list(run.wrong_memory()) == []
+
+
+RTAS = QUIET + 0x60000
+NMI_REGISTER = 5  # a token of ours
+
+
+def rtas() -> bytes:
+    """An RTAS as they are: its 32-bit code gives registers back through words. It keeps its arguments, for us to see.
+
+    stw and lwz drop the upper half of r26-r31; r3 = arguments, r4 = base (PAPR 7.2.6).
+    """
+    words = [36 << 26 | register << 21 | 4 << 16 | 4 * register for register in range(26, 32)]  # stw rN,4N(r4)
+    for number in range(5):
+        words += [32 << 26 | 12 << 21 | 3 << 16 | 4 * number, 36 << 26 | 12 << 21 | 4 << 16 | 0x100 + 4 * number]
+    words += [31 << 26 | 12 << 21 | 83 << 1, 36 << 26 | 12 << 21 | 4 << 16 | 0x120]  # mfmsr r12; stw r12,0x120(r4)
+    words += [32 << 26 | register << 21 | 4 << 16 | 4 * register for register in range(26, 32)]  # lwz rN,4N(r4)
+    return b"".join(word.to_bytes(4, "big") for word in (*words, 0x4E800020))
+
+
+@pytest.mark.parametrize("little", [False, True], ids=["BE", "LE"])
+def test_resets_are_redirected_by_an_rtas_that_forgets_upper_halves(machine_of, little):
+    """And K2 is entered in 64-bit mode all the same; what the bench compares with every run, MSR.SF included."""
+    base = RTAS + 0x1000
+    services = Services("papr", rtas=(base, RTAS), rtas_nmi=NMI_REGISTER)
+    dead = case(MOVES, entry=0, k2_at=6 * MIB, little=little, services=services, places=((RTAS, rtas()), (base, bytes(0x200))))
+    machine = machine_of("partition", 1)
+    with machine.case(dead) as run:
+        run.release(0)
+        saved = (base + 4 * 26, 4 * 6)
+        arguments = (base + 0x100, 0x24)
+        run.finish()
+        told = [run.machine.u32(base + 0x100 + 4 * number) for number in range(5)]
+        assert told == [NMI_REGISTER, 2, 1, 0x100, 0x200], "token, nargs, nret; system reset, machine check"
+        assert not run.machine.u32(base + 0x120) & 0x8031, "no interrupts, no translation, big-endian"
+        assert run.left["msr"] >> 63 == 1
+        assert run.machine.u64(K2_BOX + 8 * K2_WORDS.index("msr")) >> 63 == 1
+        assert list(run.wrong_memory(except_at=(saved, arguments))) == []
+    machine.stop()
