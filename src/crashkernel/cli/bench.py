@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from crashkernel.bench.cpus import BARE
 from crashkernel.cli import faults, twin
+from crashkernel.cli.command import add_command
 from crashkernel.errors import UsageError
 
 if TYPE_CHECKING:
@@ -36,12 +37,12 @@ exit status: 0 every case passed, 1 one failed, 2 usage, 3 this machine lacks so
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `bench` and what it has."""
-    bench = commands.add_parser(
+    bench = add_command(
+        commands,
         "bench",
-        help="the purgatory alone on thousands of plans; drills measured",
+        "the purgatory alone on thousands of plans; drills measured",
+        "examples:\n  crashkernel bench drill --runs 5\n  crashkernel bench purgatory --cpu POWER9",
         description="Benches: parts of the product alone, or measured.",
-        epilog="examples:\n  crashkernel bench drill --runs 5\n  crashkernel bench purgatory --cpu POWER9",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
     def list_benches(_arguments: argparse.Namespace) -> int:
@@ -51,12 +52,12 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     bench.set_defaults(run=list_benches)
     benches = bench.add_subparsers(title="benches", metavar="BENCH")
     twin.add_bench(benches)
-    purgatory = benches.add_parser(
+    purgatory = add_command(
+        benches,
         "purgatory",
-        help="run the purgatory alone on generated plans and check all of memory",
+        "run the purgatory alone on generated plans and check all of memory",
+        _PURGATORY_EPILOG,
         description="Run the shipped purgatory alone on emulated CPUs, on generated plans, and check all of memory.",
-        epilog=_PURGATORY_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     purgatory.add_argument("--seed", type=int, metavar="N", help="of the generated plans (default: a new one, printed)")
     purgatory.add_argument(

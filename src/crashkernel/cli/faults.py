@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from crashkernel.bench.cpus import BARE, CPUS
 from crashkernel.cli import twin
+from crashkernel.cli.command import add_command
 from crashkernel.errors import UsageError
 
 if TYPE_CHECKING:
@@ -41,12 +42,12 @@ exit status: 0 whatever is silent has a known reason, 1 something is UNEXPLAINED
 
 def add_benches(benches: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add both."""
-    faults = benches.add_parser(
+    faults = add_command(
+        benches,
         "faults",
-        help="inject every fault at every instruction of a handover",
+        "inject every fault at every instruction of a handover",
+        _EPILOG,
         description="Inject every fault at every instruction of a handover, and classify what comes of it.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     faults.add_argument(
         "--every", type=int, default=_QUICK, metavar="N", help="at each N-th instruction (default: %(default)s)"
@@ -58,9 +59,11 @@ def add_benches(benches: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     faults.add_argument("--svg", type=Path, metavar="FILE", help="draw the map; of two placements: FILE-zero, FILE-reserved")
     faults.add_argument("--json", type=Path, metavar="FILE", help="write the map as JSON")
     faults.set_defaults(run=_faults)
-    instructions = benches.add_parser(
+    instructions = add_command(
+        benches,
         "instructions",
-        help="count the purgatory's instructions a byte, and kexec-tools'",
+        "count the purgatory's instructions a byte, and kexec-tools'",
+        "example:\n  crashkernel bench instructions --cpu POWER9",
         description="Count the purgatory's instructions for each byte, and those of kexec-tools' (fetched from Debian).",
     )
     instructions.add_argument("--cpu", action="append", choices=BARE, help="repeatable (default: all)")

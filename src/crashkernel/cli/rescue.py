@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from crashkernel import loader
+from crashkernel.cli.command import add_command
 from crashkernel.errors import EnvironmentFault, UsageError
 from crashkernel.formats.fdt import DeviceTree
 from crashkernel.machine import HEAD_SIZE
@@ -51,7 +52,7 @@ What was loaded before is replaced. The plan is kept in /run/crashkernel/plan.js
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the four commands to the parser."""
-    plan = _command(commands, "plan", "show where K2 would go, as memory maps stage by stage", _PLAN_EPILOG)
+    plan = add_command(commands, "plan", "show where K2 would go, as memory maps stage by stage", _PLAN_EPILOG)
     _add_choices(plan)
     plan.add_argument(
         "--machine-tree", type=Path, metavar="DTB", help="plan for the machine this flattened device tree describes"
@@ -60,31 +61,19 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     plan.add_argument("--json", action="store_true", help="print the plan as JSON instead of maps")
     plan.set_defaults(run=_plan)
 
-    load = _command(commands, "load", "load the capture kernel into the reserved region", _LOAD_EPILOG)
+    load = add_command(commands, "load", "load the capture kernel into the reserved region", _LOAD_EPILOG)
     _add_choices(load)
     load.add_argument("--dry-run", action="store_true", help="stop short of the kexec_load system call")
     load.set_defaults(run=_load)
 
-    status = _command(
+    status = add_command(
         commands, "status", "tell whether a capture kernel is loaded, and how", "exit status: 0 loaded, 3 not loaded"
     )
     status.add_argument("--json", action="store_true", help="for scripts")
     status.set_defaults(run=_status)
 
-    unload = _command(commands, "unload", "take the capture kernel out again", "")
+    unload = add_command(commands, "unload", "take the capture kernel out again")
     unload.set_defaults(run=_unload)
-
-
-def _command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str, epilog: str
-) -> argparse.ArgumentParser:
-    return commands.add_parser(
-        name,
-        help=text,
-        description=text[0].upper() + text[1:] + ".",
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
 
 
 def _add_choices(parser: argparse.ArgumentParser) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from crashkernel.cli.command import add_command
 from crashkernel.drill.twin import CPUS, MACHINES, MMUS, Twin
 from crashkernel.errors import CrashkernelError, EnvironmentFault, StageFailed, UsageError
 from crashkernel.memory import parse_size
@@ -52,12 +53,11 @@ exit status: 0 every drill passed, 1 one failed, 2 usage, 3 this machine lacks s
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add drill, matrix and big-endian to the parser."""
-    drill = commands.add_parser(
+    drill = add_command(
+        commands,
         "drill",
-        help="crash a virtual twin and prove its dump byte for byte",
-        description="Crash a virtual twin and prove its dump byte for byte.",
-        epilog=_DRILL_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "crash a virtual twin and prove its dump byte for byte",
+        _DRILL_EPILOG,
     )
     drill.add_argument("--placement", choices=(*PLACEMENTS, "both"), default="both", help="default: %(default)s")
     drill.add_argument(
@@ -83,36 +83,36 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     drill.add_argument("--judge", type=Path, metavar="DIR", help="run nothing: judge the drill kept in DIR again")
     drill.set_defaults(run=_drill)
 
-    matrix = commands.add_parser(
+    matrix = add_command(
+        commands,
         "matrix",
-        help="drill every supported machine and kernel, both placements",
+        "drill every supported machine and kernel, both placements",
+        "example:\n  crashkernel matrix --update README.md --json matrix.json",
         description="Drill every supported machine and kernel, both placements, and print the table (20 minutes).",
-        epilog="example:\n  crashkernel matrix --update README.md --json matrix.json",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     matrix.add_argument("--update", type=Path, metavar="FILE", help="put the table between the matrix markers of this document")
     matrix.add_argument("--json", type=Path, metavar="FILE", help="write all results as JSON")
     matrix.set_defaults(run=_matrix)
 
-    big_endian = commands.add_parser(
+    big_endian = add_command(
+        commands,
         "big-endian",
-        help="build the big-endian kernel and userland for drills",
-        description="Build a big-endian kernel, and the guests' programs for it, from Debian's sources, unless they are there.",
-        epilog="`make big-endian` installs the compilers first.\n\nexample:\n"
+        "build the big-endian kernel and userland for drills",
+        "`make big-endian` installs the compilers first.\n\nexample:\n"
         "  crashkernel big-endian && crashkernel drill --kernel big-endian",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Build a big-endian kernel, and the guests' programs for it, from Debian's sources, unless they are there.",
     )
     big_endian.set_defaults(run=_big_endian)
 
 
 def add_bench(benches: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `bench drill`."""
-    bench = benches.add_parser(
+    bench = add_command(
+        benches,
         "drill",
-        help="measure a drill against the two boots it contains",
+        "measure a drill against the two boots it contains",
+        "example:\n  crashkernel bench drill --runs 5",
         description="Measure drills against a bare twin that boots, crashes and boots K2 with kexec-tools, run in turn.",
-        epilog="example:\n  crashkernel bench drill --runs 5",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     bench.add_argument("--kernel", default="debian:bookworm", metavar="KERNEL", help="default: %(default)s")
     bench.add_argument("--runs", type=int, default=3, metavar="N", help="rounds of bare, zero, reserved (default: %(default)s)")
