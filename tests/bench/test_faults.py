@@ -155,7 +155,7 @@ def test_the_check_tells_all_damage(monkeypatch):
 
 
 def test_flipped_bits_are_told_or_explained():
-    found = flip_bits("zero", every=2999)
+    found = flip_bits("zero", every=6007)
     assert not found.unexplained
     assert found.table()["table"].keys() == {"told"}
     assert f"{len(found.verdicts):,} of {bits.BITS:,}" in render_bits(found)

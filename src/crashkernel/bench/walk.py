@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Self
@@ -66,6 +67,10 @@ _LOOKED_AT = 3  # instructions: the return of `check`, mtlr and beqlr in `requir
 _RETURN = bytes.fromhex("7c0803a6 4d820020")  # mtlr r0; beqlr: in `require`, before what follows a check that failed
 
 
+_SCORES: dict[tuple[str, bool, int, bytes], Score] = {}
+"""By CPU, byte order, number of CPUs and a digest of memory: taking one costs more than many a use of it."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What came of a fault."""
@@ -110,8 +115,12 @@ class Walk:
     def __enter__(self) -> Self:
         self._renew()
         if self._scored:
-            self.score: Score = score(self.stepper, self.scene)
-            self.begin()
+            memory = hashlib.blake2b(self.scene.memory.tobytes()).digest()
+            key = self._cpu, self.little, self._count, memory
+            if key not in _SCORES:
+                _SCORES[key] = score(self.stepper, self.scene)
+                self.begin()
+            self.score = _SCORES[key]
         return self
 
     def __exit__(self, *_: object) -> None:
