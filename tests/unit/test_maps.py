@@ -1,5 +1,7 @@
 """The maps of a handover: 80 columns, every region visible, every address in the table."""
 
+from itertools import pairwise
+
 import pytest
 
 from crashkernel.memory import RangeSet
@@ -22,6 +24,13 @@ def test_each_stage_is_drawn_with_its_title(plan):
     text = draw_stages(plan)
     for title, _ in plan.stages():
         assert title in text
+
+
+def test_a_check_is_told_under_the_map_it_does_not_change(plan):
+    text = draw_stages(plan)
+    layouts = [layout for _, layout in plan.stages()]
+    changes = 1 + sum(before != after for before, after in pairwise(layouts))
+    assert text.count("- reserved -") == changes < len(layouts)
 
 
 def test_a_bar_has_a_cell_for_every_extent(plan):

@@ -37,8 +37,13 @@ def draw_stages(plan: LoadPlan) -> str:
         "",
     ]
     stages = plan.stages()
+    drawn = None
     for title, layout in stages:
-        lines += [title, *draw_layout(layout, plan.reserved), ""]
+        if layout == drawn:  # a check moves nothing
+            lines[-1:] = [title, ""]
+        else:
+            lines += [title, *draw_layout(layout, plan.reserved), ""]
+            drawn = layout
     lines += ["p purgatory, h elfcorehdr, t device tree, i initrd", "K1 from X: bytes of K1 that were at X", ""]
     lines += _table("loaded", stages[0][1])
     lines += ["", *_table("K2 starts", stages[-1][1])]
