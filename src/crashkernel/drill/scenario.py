@@ -31,6 +31,7 @@ from crashkernel.drill.twin import Twin
 from crashkernel.drill.verdict import Truth, Verdict, judge
 from crashkernel.errors import EnvironmentFault, FormatError, StageFailed, UsageError
 from crashkernel.machine import HEAD_SIZE, Region
+from crashkernel.machine.live import cpu_list
 from crashkernel.memory import Range, format_size
 from crashkernel.placement.plan import DamagePolicy, LoadPlan, PlacementName, SegmentContent
 from crashkernel.purgatory import PARAMETERS_OFFSET, STATE_OFFSET
@@ -426,9 +427,8 @@ async def _told(machine: RunningTwin, content: SegmentContent) -> str:
 
 
 def _require_cpus(online: str, scenario: Scenario) -> None:
-    # a CPU list as in "0-3" (Documentation/admin-guide/cputopology.rst)
     wanted = scenario.twin.smp if scenario.all_cpus else 1
-    count = sum(int(last or first) - int(first) + 1 for first, _, last in (part.partition("-") for part in online.split(",")))
+    count = len(cpu_list(online))
     if count != wanted:
         raise _GuestSaidNo(f"K2 runs on {count} CPUs ({online}), not on {wanted}")
 

@@ -83,7 +83,7 @@ def _cpus(root: Path) -> tuple[Cpu, ...]:
     A CPU without one, in a kernel without CONFIG_KEXEC_CORE, is a CPU all the same: it comes to the purgatory.
     """
     cpus = []
-    online = _online(root / "sys/devices/system/cpu/online")
+    online = cpu_list((root / "sys/devices/system/cpu/online").read_text())
     for directory in sorted((root / "sys/devices/system/cpu").glob("cpu[0-9]*"), key=lambda path: int(path.name[3:])):
         note = None
         try:
@@ -98,10 +98,10 @@ def _cpus(root: Path) -> tuple[Cpu, ...]:
     return tuple(cpus)
 
 
-def _online(path: Path) -> set[int]:
-    # a CPU list as in "0-3,8" (Documentation/admin-guide/cputopology.rst)
+def cpu_list(text: str) -> set[int]:
+    """The kernel's list of CPUs, as in "0-3,8" (Documentation/admin-guide/cputopology.rst)."""
     numbers: set[int] = set()
-    for piece in path.read_text().strip().split(","):
+    for piece in text.strip().split(","):
         first, _, last = piece.partition("-")
         numbers.update(range(int(first), int(last or first) + 1))
     return numbers

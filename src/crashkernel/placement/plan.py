@@ -275,16 +275,16 @@ def _check_checks(plan: LoadPlan) -> None:
     Not needed is the memory behind K2's image in its own segment, which is zeros for K2's allocator.
     """
     checked = RangeSet([])
-    for move, (_, layout) in zip(plan.moves, plan.stages()[2:], strict=True):
+    layouts = [layout for _, layout in plan.stages()]
+    for move, layout in zip(plan.moves, layouts[2:], strict=True):
         if isinstance(move, Check):
             found = layout.within(move.range)
             if len(found) != 1 or found[0].location != move.range or found[0].content in (K1, "free", "purgatory"):
                 raise PlanError(f"nothing that was loaded lies whole at {move.range} when it is to be checked")
             checked |= RangeSet([move.range])
         checked -= RangeSet(move.written)
-    final = final_layout(plan.memory, plan.reserved, plan.segments, plan.moves)
-    for extent in loaded_contents(final, plan.segment("purgatory").range):
-        for needed in RangeSet([extent.location]) & to_check(plan.real_mode, plan.entry, plan.kernel_span, extent):
+    for extent in loaded_contents(layouts[-1], plan.segment("purgatory").range):
+        for needed in to_check(plan.real_mode, plan.entry, plan.kernel_span, extent):
             if not checked.covers(needed):
                 raise PlanError(f"the {extent.content} at {needed} is not checked before K2 is entered")
 
