@@ -17,6 +17,10 @@ Platform = Literal["pseries", "powernv"]
 Mmu = Literal["radix", "hash"]
 ByteOrder = Literal["little", "big"]
 
+PageUse = Literal["free", "cache", "anonymous", "slab", "pagetable", "kernel", "poisoned"]
+"""Who holds a page of K1, as far as K1 tells: nobody; the page cache; a process; K1's own objects; its page tables; K1
+itself or a driver, which it does not tell apart; and "poisoned": taken out of K1's hands for good."""
+
 HEAD_SIZE = 0x100
 """K1's first bytes, in bytes: the ones `kexec_sequence` overwrites before any purgatory runs."""
 
@@ -27,6 +31,14 @@ class Region:
 
     name: str
     range: Range
+
+
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """A stretch of K1's memory whose pages are all held by the same holder, when the machine was read."""
+
+    range: Range
+    use: PageUse
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,3 +96,6 @@ class Machine:
     altivec: bool  # whether every CPU has it
     services: Services
     device_tree: Node
+    layout: tuple[Region, ...] = ()  # K1's own image: text, read-only data, freed init, data; () when unknown
+    kernel_end: int = 0  # where K1's image ends (its `_end`), 0 when unknown
+    pages: tuple[Pages, ...] = ()  # who holds K1's low memory, ascending; () when K1 was not asked

@@ -137,8 +137,8 @@ def plan_load(
         real_mode=machine.real_mode,
         reserved=region,
         firmware=machine.firmware,
-        # /proc/kallsyms has no data symbols in distribution kernels; the file has, if K2 is the kernel that runs
-        k1_layout=image.layout if image.release == machine.release else (),
+        # K2's file tells as much as K1's own if they are the same kernel
+        k1_layout=machine.layout or (image.layout if image.release == machine.release else ()),
         segments=segments,
         moves=moves,
         entry=table.entry,

@@ -24,7 +24,7 @@ _T = TypeVar("_T", bound=str)
 
 PlacementName = Literal["zero", "reserved"]
 PLACEMENTS: tuple[PlacementName, ...] = ("zero", "reserved")
-FORMAT = 2
+FORMAT = 3
 """Version of the JSON form."""
 
 DamagePolicy = Literal["halt", "reboot", "continue"]
@@ -49,6 +49,25 @@ class Kept:
 
     range: Range
     location: int
+
+
+HazardVerdict = Literal["safe", "guarded", "dangerous", "impossible", "unknown"]
+HAZARD_VERDICTS: tuple[HazardVerdict, ...] = ("safe", "guarded", "dangerous", "impossible", "unknown")
+"""What a check found: nothing can happen; it could, but something named prevents it; it can happen; it will happen, or the
+placement cannot be made; or what one would have to know was not to be had."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hazard:
+    """One problem of the 2005 mail, or one that time has added, held against this plan."""
+
+    name: str  # stable, for scripts: "freed-init"
+    title: str  # a few words for people: "K1's freed init pages"
+    verdict: HazardVerdict
+    reason: str  # one or two sentences; for "guarded" what prevents it
+    ranges: tuple[Range, ...] = ()  # the physical addresses involved
+    advice: str = ""  # what to do about it, "" where nothing is to be done
+    source: str = ""  # the kernel file and function, specification or measurement behind it
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +96,18 @@ class LoadPlan:
     services: Services  # what the purgatory may ask of the firmware
     altivec: bool  # it may use AltiVec
     on_damage: DamagePolicy
+    hazards: tuple[Hazard, ...] = ()
 
     @property
     def k1_memory(self) -> RangeSet:
         """What the dump must hold: all RAM but the reserved region."""
         return self.memory - RangeSet([self.reserved])
+
+    @property
+    def exposed(self) -> RangeSet:
+        """K1's memory that is K2's from the handover on: a device that still writes there hits K2, not K1's bytes."""
+        moved = RangeSet(kept.range for kept in self.kept if kept.location != kept.range.start)
+        return moved | (self.k2_memory - RangeSet([self.reserved]))
 
     @property
     def unchecked(self) -> RangeSet:
@@ -140,6 +166,7 @@ class LoadPlan:
                 "services": _services_to_json(self.services),
                 "altivec": self.altivec,
                 "on_damage": self.on_damage,
+                "hazards": [_hazard_to_json(hazard) for hazard in self.hazards],
             },
             indent=1,
         )
@@ -187,6 +214,7 @@ class LoadPlan:
                 services=_services_from_json(raw["services"]),
                 altivec=_bool(raw["altivec"]),
                 on_damage=_one_of(raw["on_damage"], DAMAGE_POLICIES),
+                hazards=tuple(_hazard_from_json(hazard) for hazard in _list(raw["hazards"])),
             )
         except KeyError as error:
             raise FormatError(f"field {error} is missing", source=source) from error
@@ -395,6 +423,30 @@ def _services_from_json(raw: Any) -> Services:
         rtas=_pair(raw["rtas"]),
         rtas_reboot=_number(raw["rtas_reboot"]),
         rtas_nmi=_number(raw["rtas_nmi"]),
+    )
+
+
+def _hazard_to_json(hazard: Hazard) -> dict[str, Any]:
+    return {
+        "name": hazard.name,
+        "title": hazard.title,
+        "verdict": hazard.verdict,
+        "reason": hazard.reason,
+        "ranges": [str(r) for r in hazard.ranges],
+        "advice": hazard.advice,
+        "source": hazard.source,
+    }
+
+
+def _hazard_from_json(raw: Any) -> Hazard:
+    return Hazard(
+        name=_text(raw["name"]),
+        title=_text(raw["title"]),
+        verdict=_one_of(raw["verdict"], HAZARD_VERDICTS),
+        reason=_text(raw["reason"]),
+        ranges=tuple(_ranges(raw["ranges"])),
+        advice=_text(raw["advice"]),
+        source=_text(raw["source"]),
     )
 
 
