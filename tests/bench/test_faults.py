@@ -2,19 +2,22 @@
 
 import collections
 import json
+import random
 from itertools import pairwise
 from xml.etree import ElementTree as ET
 
 import pytest
 
-from crashkernel.bench import bits, faults
+from crashkernel.bench import bits, faults, score
+from crashkernel.bench import walk as walk_module
 from crashkernel.bench.bits import flip_bits, inject_damage, render_bits, render_injections
 from crashkernel.bench.cpus import BARE, CPUS
 from crashkernel.bench.faultpicture import _COLOURS, render_faults, svg
 from crashkernel.bench.faults import FaultMap, Stretch
-from crashkernel.bench.scene import DMA_SIZE, NO_FAULT, PLACEMENTS, Fault, put, scene
+from crashkernel.bench.scene import ARENA, DMA_SIZE, NO_FAULT, PLACEMENTS, Fault, put, scene
 from crashkernel.bench.score import Point
 from crashkernel.bench.secondcpu import second_cpu
+from crashkernel.bench.stepper import Stepper
 from crashkernel.bench.walk import OUTCOMES, REASONS, UNEXPLAINED, Verdict, Walk
 from crashkernel.cli import main
 from crashkernel.errors import VerificationError
@@ -116,7 +119,7 @@ def test_a_coarse_map_has_nothing_unexplained(placement):
 def test_points_stand_for_all_instructions():
     """And none of a short stretch outside loops is left out."""
     setting = scene("reserved")
-    with Walk("POWER9", setting, little=False) as walk:
+    with Walk("POWER9", setting, little=True) as walk:
         points = walk.score.points
         assert sum(point.weight for point in points) == len(walk.score.pcs)
         assert {point.pc for point in points} == set(walk.score.pcs.tolist())
@@ -124,6 +127,61 @@ def test_points_stand_for_all_instructions():
         for point in (points[50], points[-1]):
             walk.advance(point)
             assert walk.stepper.read("pc") == (point.pc,)
+
+
+def test_what_is_reckoned_is_what_the_cpu_does():
+    """Code of all that is reckoned, with any operands: the same registers come of it."""
+    source = random.Random(5)
+    words = []
+    for _ in range(500):
+        a, b, c = (source.randrange(3, 32) for _ in range(3))
+        first, last = sorted(source.randrange(32) for _ in range(2))
+        words += [
+            14 << 26 | a << 21 | source.choice([0, b]) << 16 | source.randrange(1 << 16),  # addi
+            21 << 26 | a << 21 | b << 16 | source.randrange(32) << 11 | first << 6 | last << 1,  # rlwinm
+            31 << 26 | a << 21 | b << 16 | c << 11 | source.choice([316, 444]) << 1,  # xor, or
+            32 << 26 | a << 21 | 1 << 16 | 4 * source.randrange(-64, 64) & 0xFFFF,  # lwz from r1 on
+            31 << 26 | a << 21 | 1 << 16 | 2 << 11 | 23 << 1,  # lwzx
+        ]
+    assert all(map(score._is_reckoned, words))
+    code = b"".join(word.to_bytes(4, "big") for word in words)
+    names = [f"r{number}" for number in range(32)]
+    with Stepper.start(CPUS["POWER9"], ARENA) as stepper:
+        put(stepper.memory, 0x4000, code)
+        put(stepper.memory, 0x8000, source.randbytes(0x1000))
+        stepper.enter(0x4000, physical=0, little=False)
+        stepper.write({"r1": 0x8400, "r2": 0x2C} | {name: source.getrandbits(64) for name in names[3:]})
+        registers = list(stepper.read(*names))
+        stepper.stop_at([0x4000 + len(code)])
+        assert stepper.run(30) == 0
+        loaded = [score._reckon(word, registers, stepper.memory) for word in words]
+        assert registers == list(stepper.read(*names))
+    assert [place for place in loaded if place][1::2] == [(0x842C, 4)] * 500
+
+
+def test_a_cpu_that_does_otherwise_than_reckoned_is_told(monkeypatch):
+    reckon = score._reckon
+    monkeypatch.setattr(walk_module, "_SCORES", {})
+    monkeypatch.setattr(score, "_reckon", lambda word, *rest: reckon(word ^ 0x800 if word >> 26 == 21 else word, *rest))
+    with (
+        pytest.raises(VerificationError, match="does not do what its instructions"),
+        Walk("POWER9", scene("zero"), little=True),
+    ):
+        pass
+
+
+def test_a_cpu_that_comes_to_k2s_entry_for_ever_is_given_up(monkeypatch):
+    """Before K2 is there: round and round through page 0, by a flipped bit of its first instruction."""
+    runs, run = [], Stepper.run
+    monkeypatch.setattr(Stepper, "run", lambda *a: runs.append(a) or run(*a))
+    setting = scene("zero")
+    setting.memory[0] ^= 0x80
+    with Walk("POWER9", setting, little=True, scored=False) as walk:
+        monkeypatch.setattr(walk, "_reason", lambda *_, **__: "before any check")
+        found = walk.disturbed(Fault("bit", "the first instruction", setting.base, 0x80), walk.stepper.save())
+        assert (found.outcome, found.why) == ("silent hang", "stuck")
+        assert walk.machines == 1
+    assert len(runs) < 50
 
 
 def test_a_handover_that_fails_undisturbed_makes_no_map():

@@ -7,6 +7,9 @@ the middle counts for all between. Outside loops every instruction is disturbed.
 
 The passes between are not stepped through either. What they touch is reckoned from those that are: addresses go on linearly,
 but for the look-ups in the CRC tables, which may be anywhere in those.
+
+Nor is a stretch of code that only loads and reckons, of which the loop of a check consists: what it does is reckoned here too,
+instruction by instruction; then the CPU runs over it, and its registers have to be the ones that were reckoned.
 """
 
 from __future__ import annotations
@@ -27,16 +30,18 @@ from crashkernel.purgatory import CRC_OFFSET, LOG_OFFSET, LOG_SIZE, STATE_OFFSET
 
 if TYPE_CHECKING:
     from crashkernel.bench.scene import Scene
-    from crashkernel.bench.stepper import Stepper
+    from crashkernel.bench.stepper import BYTES, Stepper
 
 CHECK, FETCH, USE = range(3)
 """How a byte is touched: read by a check, executed, or loaded or stored by anything else."""
 
 _AGES = 60.0  # seconds for what takes none
+_STRETCH = 8  # instructions; a shorter stretch is stepped through
 _MANY = 20  # passes of a loop; one of fewer is stepped through
 _LOOP = 0x400  # bytes of code that a loop spans at most
 _TOO_MANY = 10_000_000  # instructions of a handover that has lost its way
 _LENGTH_OFFSET = STATE_OFFSET + 0x90  # P_LOG_END
+_DOUBLEWORD = (1 << 64) - 1
 _SUM = 0x549A55BA  # rlwinm r26,r4,10,22,29: comes two after each load of `check`, and nowhere else (crc_word, purgatory.S)
 
 _BLR = 0x4E800020
@@ -162,7 +167,8 @@ class _Scribe:
                 logged, phase = now, phase_of(memory[log].tobytes())
                 if phase != phases[-1][1]:
                     phases.append((len(self._pcs), phase))
-            last, pc = pc, self._step(pc)
+            pc = self._go_on(pc)
+            last = self._pcs[-1]
             if pc < last <= pc + _LOOP and self._word(last) & 0xFFE00001 == 0x42000000:  # bdnz, and it went back
                 self._hurry(pc, last)
         words = {at: self._word(at) for at in set(self._pcs)}
@@ -172,6 +178,26 @@ class _Scribe:
             checked_at += 4
         return Score(np.array(self._pcs), np.array(self._accesses), tuple(phases), jumps, checked_at)
 
+    def _go_on(self, pc: int) -> int:
+        """Over one instruction, or over a stretch of them; the address of the next."""
+        end = pc
+        while _is_reckoned(self._word(end)):
+            end += 4
+        return self._run_over(pc, end) if end >= pc + 4 * _STRETCH else self._step(pc)
+
+    def _run_over(self, pc: int, end: int) -> int:
+        names = [f"r{number}" for number in range(32)]
+        registers = list(self._stepper.read(*names))
+        for at in range(pc, end, 4):
+            loaded = _reckon(self._word(at), registers, self._stepper.memory)
+            if loaded is not None:
+                self._accesses.append((len(self._pcs), *loaded, CHECK if at in self._check_loads else USE))
+            self._pcs.append(at)
+        self._run_to(end)
+        if list(self._stepper.read(*names)) != registers:
+            raise VerificationError(f"an undisturbed handover does not do what its instructions from {pc:#x} on say")
+        return end
+
     def _step(self, pc: int) -> int:
         found = _access(self._word(pc))
         index = len(self._pcs)
@@ -180,7 +206,7 @@ class _Scribe:
             return self._stepper.step()
         base, other, offset, width = found
         after, *values = self._stepper.step_reading(*(f"r{n}" for n in (base, other) if n))
-        at = sum(values) + offset & (1 << 64) - 1
+        at = sum(values) + offset & _DOUBLEWORD
         self._accesses.append((index, at, width, CHECK if pc in self._check_loads else USE))
         return after
 
@@ -213,8 +239,8 @@ class _Scribe:
         self._pass_over(low, high, before)
         middle_start = len(self._pcs)
         pc = low
-        for _ in body:
-            pc = self._step(pc)
+        while len(self._pcs) < middle_start + len(body):
+            pc = self._go_on(pc)
         middle = self._recent(middle_start)
         self._pass_over(low, high, left - 2 - before)
         for turn in (*range(1, before + 1), *range(before + 2, left)):
@@ -229,13 +255,42 @@ class _Scribe:
         return [access for access in self._accesses[-1000:] if access[0] >= start]
 
     def _pass_over(self, low: int, high: int, passes: int) -> None:
-        self._stepper.stop_at([low])
-        for _ in range(passes):
-            self._stepper.step()
-            if self._stepper.run(_AGES) is None:
-                raise VerificationError(f"an undisturbed handover does not come round to {low:#x}")
-        self._stepper.stop_at(())
+        """With the counter made to end the loop after so many: at full speed, then back to its begin with what is left."""
+        (left,) = self._stepper.read("ctr")
+        self._stepper.write({"ctr": passes})
+        self._run_to(high + 4)
+        self._stepper.write({"pc": low, "ctr": left - passes})
         self._pcs += list(range(low, high + 4, 4)) * passes
+
+
+def _is_reckoned(word: int) -> bool:
+    """Whether an instruction loads or reckons and does no more, in a way that `_reckon` knows."""
+    primary, low = word >> 26, word & 0x7FF
+    if primary == 21:  # with a mask that does not wrap
+        return not word & 1 and word >> 6 & 31 <= word >> 1 & 31
+    return primary in {14, 32} or (primary == 31 and low in {23 << 1, 316 << 1, 444 << 1})
+
+
+def _reckon(word: int, registers: list[int], memory: BYTES) -> tuple[int, int] | None:
+    """Do addi, lwz, lwzx, xor, or, rlwinm (Power ISA Book I 3.3); the address and the width of what it loads."""
+    primary, target, source, other = word >> 26, word >> 21 & 31, word >> 16 & 31, word >> 11 & 31
+    if (found := _access(word)) is not None:
+        base, index, offset, width = found
+        at = sum(registers[number] for number in (base, index) if number) + offset & _DOUBLEWORD
+        registers[target] = int.from_bytes(memory[at : at + width].tobytes(), "big")
+        return at, width
+    if primary == 14:
+        registers[target] = (registers[source] if source else 0) + (word & 0xFFFF ^ 0x8000) - 0x8000 & _DOUBLEWORD
+    elif primary == 21:
+        value = registers[target] & 0xFFFFFFFF
+        turned = value << other | value >> 32 - other
+        first, last = word >> 6 & 31, word >> 1 & 31
+        registers[source] = turned & (1 << 32 - first) - (1 << 31 - last)
+    elif word & 0x7FF == 316 << 1:
+        registers[source] = registers[target] ^ registers[other]
+    else:
+        registers[source] = registers[target] | registers[other]
+    return None
 
 
 def _access(word: int) -> tuple[int, int, int, int] | None:

@@ -57,7 +57,7 @@ _COMPLAINTS = (b"DAMAGED", b"exception", b"is no operation")
 _RUN = 0.01  # seconds of wall clock after which a run is looked at; it takes a few milliseconds
 _AGES = 60.0
 _SAME = 3  # looks at which a CPU that ran has the same registers: it goes round and round
-_RAN = 0.02  # seconds on the host's CPUs that it must have had meanwhile
+_RAN = 0.02  # seconds on the host's CPUs that it must have had meanwhile, unless it was met at the same instruction each time
 _DEAD = 0.2  # seconds of wall clock in which it neither ran nor stood in line for that: a checkstop, or a nap for ever
 _NONE = 0.005
 _ASTRAY = 0.5  # seconds on the host's CPUs after which a CPU that still does something is given up; it takes milliseconds
@@ -242,17 +242,18 @@ class Walk:
             if pc in self.ends:
                 stepper.step()
             while True:
-                if stepper.run(_RUN) is not None:
+                astray = stepper.run(_RUN) is not None
+                if astray:
                     (pc,) = stepper.read("pc")
                     if pc != self.scene.entry or self.k2_is_there():
                         return self.ends[pc], True
-                    stepper.step()  # a jump astray to 0
-                    continue
-                now, registers = stepper.ran(), stepper.read(*(f"r{n}" for n in range(32)), "ctr", "lr")
+                    stepper.step()  # a jump to 0
+                now, registers = stepper.ran(), (astray, *stepper.read(*(f"r{n}" for n in range(32)), "ctr", "lr"))
                 if registers != last:
                     last, same, then, since = registers, 0, now, time.monotonic()
                 same += 1
-                if (same >= _SAME and now[0] - then[0] >= _RAN) or now[0] - start[0] >= _ASTRAY:
+                if (same >= _SAME and (astray or now[0] - then[0] >= _RAN)) or now[0] - start[0] >= _ASTRAY:
+                    stepper.step()  # one in checkstop that is looked at often enough, on a busy host, seems to have run
                     return "stuck", True
                 if time.monotonic() - since >= _DEAD and sum(now) - sum(then) < _NONE:
                     return "stuck", False
