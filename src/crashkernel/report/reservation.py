@@ -1,0 +1,26 @@
+"""What a kernel does with `crashkernel=`, in plain words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from crashkernel.memory import format_size
+from crashkernel.report.terminal import wrap
+
+if TYPE_CHECKING:
+    from crashkernel.placement.reservation import Reservation
+
+
+def draw_reservation(asked: str, reservation: Reservation, width: int = 80) -> str:
+    """The region, how the kernel comes to it, and what it would refuse, as text of at most `width` columns."""
+    region = reservation.range
+    lines = [f"crashkernel={asked}: " + (f"{region} ({format_size(region.size)})" if region else "nothing is reserved")]
+    for reason in reservation.reasons:
+        lines += wrap(reason, width, "  ", "    ")
+    if reservation.cma:
+        lines.append(f"  {format_size(reservation.cma)} more of K1's movable memory (cma): not for a capture kernel's image")
+    for refusal in reservation.refused:
+        mark = "hit: " if refusal.hit else ""
+        text = f"{mark}{refusal.range} ({format_size(refusal.range.size)}): {refusal.why} ({refusal.source})"
+        lines += wrap(text, width, "  not at ", "         ")
+    return "\n".join(lines)
