@@ -12,7 +12,7 @@ from crashkernel.memory import Range
 from crashkernel.placement import plan_load
 from crashkernel.placement.plan import LoadPlan
 from support.elfwriter import PT_LOAD, PT_NOTE, Part, write_elf, write_note, write_prstatus
-from support.machines import HEAD, KERNEL_BASE, LAYOUT, MIB, kernel, machine, memory_node, tree
+from support.machines import HEAD, KERNEL_BASE, LAYOUT, MIB, initrd, kernel, machine, memory_node, tree
 
 NONCE = hashlib.sha256(b"this run's nonce").digest()
 PANIC = "Kernel panic - not syncing: sysrq triggered crash"
@@ -38,7 +38,7 @@ def tiny_plan(placement: str = "zero", *, opal: bool = False) -> LoadPlan:
         **firmware,
     )
     found = machine(root, notes_at=0x100000, release=KERNEL.release)
-    return plan_load(found, KERNEL, 0, "console=hvc0", placement)
+    return plan_load(found, KERNEL, initrd(0), "console=hvc0", placement)
 
 
 _NOISE = functools.cache(lambda size: random.Random(1).randbytes(size))

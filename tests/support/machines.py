@@ -11,6 +11,7 @@ from crashkernel.memory import Range
 from crashkernel.placement import plan_load
 from crashkernel.placement.image import KernelImage
 from crashkernel.placement.plan import LoadPlan
+from crashkernel.placement.sizing import Initrd
 from support.elfwriter import Part, write_elf
 
 MIB = 1 << 20
@@ -186,7 +187,12 @@ def kernel(span: int = 3 * MIB, size: int | None = None, byteorder: str = "littl
         words.byteswap()
     data = bytearray(words.tobytes())
     data[0x5C:0x60] = (0x72756E30).to_bytes(4, byteorder)
-    return KernelImage("vmlinux", RELEASE, byteorder, bytes(data[:size]), span, LAYOUT)
+    return KernelImage("vmlinux", RELEASE, byteorder, ((0, bytes(data[:size])),), span, LAYOUT)
+
+
+def initrd(size: int) -> Initrd:
+    """An initramfs that is not compressed, as far as a plan is concerned."""
+    return Initrd(size, size, size, size)
 
 
 def vmlinux(
@@ -233,4 +239,4 @@ def with_sections(blob: bytes, sections: dict[str, int], byteorder: str = "littl
 
 
 def small_plan(placement: str = "reserved", *, initrd_size: int = 70000, **changes) -> LoadPlan:
-    return plan_load(small_machine(**changes), kernel(), initrd_size, "console=hvc0", placement)
+    return plan_load(small_machine(**changes), kernel(), initrd(initrd_size), "console=hvc0", placement)

@@ -1,6 +1,8 @@
 """The capture kernel's image, from ELF files written here."""
 
+import os
 import struct
+import threading
 from itertools import pairwise
 from typing import ClassVar
 
@@ -8,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crashkernel.errors import FormatError
+from crashkernel.errors import FormatError, UsageError
 from crashkernel.machine import Region
 from crashkernel.memory import Range
 from crashkernel.placement.image import RUN_AT_LOAD_OFFSET, KernelImage
@@ -64,6 +66,19 @@ class TestRead:
     def test_a_release_is_one_printable_word(self, banner):
         assert KernelImage.from_bytes(vmlinux(banner=banner)).release.isprintable()
 
+    def test_a_banner_before_the_read_only_data_is_found_too(self):
+        sections = {".rodata": KERNEL_BASE + 0x3000, ".init.text": KERNEL_BASE + 0x4000, ".data": KERNEL_BASE + 0x6000}
+        assert KernelImage.from_bytes(with_sections(vmlinux(), sections)).release == "6.1.0-49-powerpc64le"
+
+    def test_the_banner_in_the_read_only_data_is_the_kernel_s(self):
+        """Another, in front of it, may be an initramfs built in."""
+        blob = bytearray(vmlinux(banner=b"Linux version 1.0 (x)"))
+        at = blob.index(b"Linux version 1.0") + 0x1000
+        blob[at : at + 21] = b"Linux version 2.0 (x)"
+        sections = {".rodata": KERNEL_BASE + 0x3000, ".init.text": KERNEL_BASE + 0x4000, ".data": KERNEL_BASE + 0x6000}
+        assert KernelImage.from_bytes(bytes(blob)).release == "1.0"
+        assert KernelImage.from_bytes(with_sections(bytes(blob), sections)).release == "2.0"
+
     def test_segments_in_any_order(self):
         text = bytearray(0x1000)
         text[0x5C:0x60] = (1).to_bytes(4, "big")
@@ -71,6 +86,47 @@ class TestRead:
         image = KernelImage.from_bytes(write_elf("big", parts))
         assert image.span == 0x2004
         assert image.data[0x2000:] == b"data"
+
+
+class TestOpen:
+    """From a file, of which no more is read than is asked for."""
+
+    def test_it_is_what_its_bytes_are(self, tmp_path):
+        path = tmp_path / "vmlinux"
+        path.write_bytes(vmlinux())
+        found, expected = KernelImage.open(path), KernelImage.from_bytes(vmlinux())
+        assert (found.source, found.release, found.span) == (str(path), expected.release, expected.span)
+        assert found.data == expected.data
+        assert found.bytes_to_load(in_place=True) == expected.bytes_to_load(in_place=True)
+
+    def test_it_costs_no_memory_until_its_bytes_are_asked_for(self, tmp_path):
+        path = tmp_path / "vmlinux"
+        text = bytearray(32 << 20)
+        text[RUN_AT_LOAD_OFFSET : RUN_AT_LOAD_OFFSET + 4] = (1).to_bytes(4, "little")
+        path.write_bytes(write_elf("little", [Part(vaddr=KERNEL_BASE, data=bytes(text))]))
+        images = []
+        assert peak_memory(lambda _: images.append(KernelImage.open(path)), b"") < 1 << 20
+        assert images[0].data == bytes(text)
+
+    def test_a_pipe(self, tmp_path):
+        path = tmp_path / "pipe"
+        os.mkfifo(path)
+        writer = threading.Thread(target=path.write_bytes, args=(vmlinux(),))
+        writer.start()
+        assert KernelImage.open(path).data == KernelImage.from_bytes(vmlinux()).data
+        writer.join()
+
+    @pytest.mark.parametrize("name", ["nowhere", ""])
+    def test_a_file_that_cannot_be_read(self, tmp_path, name):
+        with pytest.raises(UsageError, match="cannot read") as caught:
+            KernelImage.open(tmp_path / name)
+        assert caught.value.hint
+        assert caught.value.exit_code == 2
+
+    def test_an_empty_file(self, tmp_path):
+        (tmp_path / "vmlinux").touch()
+        with pytest.raises(FormatError, match="not an ELF file"):
+            KernelImage.open(tmp_path / "vmlinux")
 
 
 class TestLayout:

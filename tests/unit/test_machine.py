@@ -3,8 +3,14 @@
 import contextlib
 import os
 import shutil
+import struct
 import subprocess
 import sys
+import tempfile
+import tracemalloc
+from itertools import pairwise
+from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from hypothesis import given
@@ -12,9 +18,12 @@ from hypothesis import strategies as st
 
 from crashkernel.errors import CrashkernelError, EnvironmentFault, FormatError
 from crashkernel.formats.fdt import DeviceTree, Node
-from crashkernel.machine import Cpu, Lmb, Region, Services
+from crashkernel.machine import Cpu, Lmb, Pages, Region, Services
 from crashkernel.machine.devicetree import dynamic_memory, machine_from_tree, memory_nodes, memory_ranges
+from crashkernel.machine.drmem import DynamicMemory, LmbRun
+from crashkernel.machine.kernelfile import kernel_files, running_layout
 from crashkernel.machine.live import read_machine, read_tree
+from crashkernel.machine.pages import read_pages
 from crashkernel.memory import Range, RangeSet
 from support.elfwriter import Part, write_elf
 from support.machines import (
@@ -32,7 +41,9 @@ from support.machines import (
     tree,
     u32,
     u64,
+    vmlinux,
     vty_node,
+    with_sections,
 )
 
 QEMU = "qemu-system-ppc64"
@@ -130,7 +141,7 @@ class TestDynamicMemory:
     )
     def test_flags(self, version, flags, usable):
         root = tree(extra=[drmem_node(self.LMB, [Block(4 * GIB, 1, flags)], version)])
-        assert dynamic_memory(root) == (Lmb(Range.sized(4 * GIB, self.LMB), usable),)
+        assert tuple(dynamic_memory(root)) == (Lmb(Range.sized(4 * GIB, self.LMB), usable),)
         assert machine_from_tree(root).memory.covers(Range.sized(4 * GIB, self.LMB)) is usable
 
     @given(
@@ -138,8 +149,42 @@ class TestDynamicMemory:
     )
     def test_both_versions_say_the_same(self, blocks):
         first, second = (dynamic_memory(tree(extra=[drmem_node(self.LMB, blocks, version)])) for version in (1, 2))
-        assert first == second
+        assert list(first) == list(second)
         assert [lmb.range.start for lmb in first] == [b.base + i * self.LMB for b in blocks for i in range(b.count)]
+        for found in (first, second):
+            assert len(found) == len(list(found)) == sum(b.count for b in blocks)
+            assert found.usable_blocks == sum(lmb.usable for lmb in found)
+            assert found.usable == RangeSet(lmb.range for lmb in found if lmb.usable)
+            assert all(run.count for run in found.runs)
+
+    def test_version_1_is_read_in_runs_however_its_blocks_lie(self):
+        """Neighbours of one kind are one run; a hole, a step back or another kind begins the next."""
+        blocks = [Block(4 * GIB, 3), Block(8 * GIB, 2), Block(8 * GIB + 2 * self.LMB, 1, 0x80), Block(GIB, 1, 0x80)]
+        found = dynamic_memory(tree(extra=[drmem_node(self.LMB, blocks, 1)]))
+        assert found.runs == (
+            LmbRun(Range.sized(4 * GIB, 3 * self.LMB), self.LMB, 0x8),
+            LmbRun(Range.sized(8 * GIB, 2 * self.LMB), self.LMB, 0x8),
+            LmbRun(Range.sized(8 * GIB + 2 * self.LMB, self.LMB), self.LMB, 0x80),
+            LmbRun(Range.sized(GIB, self.LMB), self.LMB, 0x80),
+        )
+
+    @pytest.mark.parametrize("version", [1, 2])
+    def test_64_tib_are_a_few_objects(self, version):
+        node = drmem_node(
+            self.LMB, [Block(GIB, 100_000), Block(GIB + 100_000 * self.LMB, 1, 0), Block(1 << 45, 131_072)], version
+        )
+        found, peak = traced(lambda: DynamicMemory.of(node))
+        assert (len(found), found.usable_blocks, len(found.runs)) == (231_073, 231_072, 3)
+        assert peak < 24 * 231_073 * 4, "a few copies of the property, no object for each block"
+
+    @pytest.mark.parametrize("version", [1, 2])
+    def test_reduced_it_says_the_same_of_the_blocks_and_nothing_else(self, version):
+        blocks = [Block(4 * GIB, 3), Block(8 * GIB, 2, 0x108), Block(9 * GIB, 1, 0x80), Block(10 * GIB, 1, 0)]
+        node = drmem_node(self.LMB, blocks, version).with_property("ibm,associativity-lookup-arrays", u32(1, 1, 5))
+        reduced = DynamicMemory.of(node).reduced(node)
+        assert list(DynamicMemory.of(reduced)) == list(DynamicMemory.of(node))
+        assert set(reduced.properties) == {"ibm,lmb-size", "ibm,dynamic-memory-v2"}
+        assert DynamicMemory.of(reduced).reduced(reduced) == reduced
 
     def test_version_1_rules_when_both_are_there(self):
         node = drmem_node(self.LMB, [Block(4 * GIB)], 1)
@@ -147,11 +192,11 @@ class TestDynamicMemory:
         assert len(dynamic_memory(tree(extra=[both]))) == 1
 
     def test_without_blocks_or_block_size_there_is_none(self):
-        assert dynamic_memory(tree()) == ()
+        assert not dynamic_memory(tree()).runs
         node = drmem_node(self.LMB, [Block(4 * GIB)], 1)
-        assert dynamic_memory(tree(extra=[node.without("ibm,lmb-size")])) == ()
-        assert dynamic_memory(tree(extra=[node.with_property("ibm,lmb-size", u64(0))])) == ()
-        assert dynamic_memory(tree(extra=[node.without("ibm,dynamic-memory")])) == ()
+        assert not len(dynamic_memory(tree(extra=[node.without("ibm,lmb-size")])))
+        assert not len(dynamic_memory(tree(extra=[node.with_property("ibm,lmb-size", u64(0))])))
+        assert not len(dynamic_memory(tree(extra=[node.without("ibm,dynamic-memory")])))
 
     @pytest.mark.parametrize("version", [1, 2])
     @pytest.mark.parametrize("cut", [1, 4, 24, 26, 27, 28])
@@ -262,6 +307,14 @@ class TestChosen:
     def test_an_initrd_that_ends_before_it_starts_is_none(self):
         chosen = {"linux,initrd-start": u64(5), "linux,initrd-end": u64(5)}
         assert machine_from_tree(bare(memory_node(0, GIB), Node("chosen", chosen))).initrd is None
+
+    def test_where_k1_ends_and_how_large_the_tree_is(self):
+        root = tree()
+        assert machine_from_tree(root).kernel_end == 0
+        assert machine_from_tree(root).tree_size == len(DeviceTree(root).to_bytes())
+        chosen = root.child("chosen").with_property("linux,kernel-end", u64(0x2880000))
+        root = root.with_children([chosen if node.name == "chosen" else node for node in root.children])
+        assert machine_from_tree(root).kernel_end == 0x2880000
 
     def test_a_tree_with_nothing_but_memory(self):
         found = machine_from_tree(bare(memory_node(0, GIB)))
@@ -480,6 +533,15 @@ class TestHostile:
             assert max(numbers) < 1 << 64
 
 
+def traced(make):
+    """What `make` makes, and the bytes allocated at the worst moment."""
+    tracemalloc.start()
+    try:
+        return make(), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
 def dump_tree(tmp_path, *arguments: str) -> Node:
     """The tree QEMU's own firmware interface hands to a guest."""
     if shutil.which(QEMU) is None:
@@ -611,6 +673,16 @@ class TestLive:
         for path, node in written.walk():
             assert dict(read.find(path).properties) == dict(node.properties), path
 
+    def test_pages_of_the_low_memory_alone(self, host):
+        assert read_machine(host.root).pages == ()
+        page = os.sysconf("SC_PAGESIZE")
+        low = 128 * MIB // page
+        host.write("proc/kpageflags", flags(f"reserved*{low // 2}", f"buddy*{low // 2}", "slab*4096"))
+        half = 64 * MIB
+        assert read_machine(host.root).pages == (Pages(Range(0, half), "kernel"), Pages(Range(half, 2 * half), "free"))
+        host.write("proc/device-tree/chosen/linux,kernel-end", u64(256 * MIB))
+        assert read_machine(host.root).pages[-1] == Pages(Range.sized(128 * MIB, 4096 * page), "slab"), "behind K1's image too"
+
     def test_a_link_to_the_tree_is_followed_and_links_in_it_are_not(self, host):
         proc = host.root / "proc"
         (proc / "device-tree").rename(host.root / "base")
@@ -714,3 +786,200 @@ class TestLive:
         monkeypatch.setattr(os, "scandir", refuse)
         with pytest.raises(EnvironmentFault, match=r"cpus.*run as root"):
             read_machine(host.root)
+
+
+class TestLayout:
+    """Where the parts of K1's own image lie."""
+
+    RELEASE = "6.1.0-49-powerpc64le"
+    BANNER = f"Linux version {RELEASE} (builder@host) (gcc) #1 SMP\n"
+    SECTIONS: ClassVar = {".rodata": 0x1000, ".init.text": 0x2000, ".data": 0x4000}
+    EXPECTED = (
+        Region("K1 text", Range(0, 0x1000)),
+        Region("K1 read-only data", Range(0x1000, 0x2000)),
+        Region("K1 freed init", Range(0x2000, 0x4000)),
+        Region("K1 data", Range(0x4000, 0x9000)),
+    )
+    SYMBOLS: ClassVar = {"_stext": 0, "__start_rodata": 0x1000, "__init_begin": 0x2000, "__init_end": 0x4000, "_end": 0x9000}
+
+    def file(self, **changes) -> bytes:
+        return with_sections(vmlinux(**changes), {name: KERNEL_BASE + at for name, at in self.SECTIONS.items()})
+
+    def write(self, root, *, kernel: bytes | None = None, at: str = f"boot/vmlinux-{RELEASE}", version: str = BANNER) -> None:
+        files = {"proc/version": version.encode()} | ({at: kernel} if kernel is not None else {})
+        for name, content in files.items():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes(content)
+
+    def symbols(self, root, **changes) -> None:
+        lines = [f"{KERNEL_BASE + at:016x} D {name}" for name, at in (self.SYMBOLS | changes).items() if at is not None]
+        (root / "proc").mkdir(exist_ok=True)
+        other = ["c000000000001234 t init_end", "c008000000000000 t _end\t[module]"]
+        (root / "proc/kallsyms").write_text("\n".join(["c000000000000000 T _text", *lines, *other]) + "\n")
+
+    @pytest.mark.parametrize("kernel_end", [0, 0x9000, 0x10000])
+    @pytest.mark.parametrize("at", [str(path) for path in kernel_files(Path(), RELEASE)] + ["boot/vmlinux"])
+    def test_by_k1_s_own_file(self, tmp_path, at, kernel_end):
+        self.write(tmp_path, kernel=self.file(), at=at)
+        assert running_layout(tmp_path, self.RELEASE, kernel_end) == self.EXPECTED
+
+    @pytest.mark.parametrize(
+        "kernel",
+        [
+            None,
+            b"",
+            b"\x1f\x8b\x08" + bytes(64),
+            b"\x7fELF",
+            bytes(4096),
+            vmlinux(),
+            vmlinux(machine_number=62),
+            vmlinux(vaddr=1 << 20),
+        ],
+        ids=["none", "empty", "compressed", "cut", "zeros", "no-sections", "another-machine", "linked-elsewhere"],
+    )
+    def test_a_file_that_says_nothing(self, tmp_path, kernel):
+        self.write(tmp_path, kernel=kernel)
+        assert running_layout(tmp_path, self.RELEASE, 0) == ()
+
+    def test_another_build_of_the_same_release(self, tmp_path):
+        self.write(tmp_path, kernel=self.file(), version=self.BANNER.replace("#1", "#2"))
+        assert running_layout(tmp_path, self.RELEASE, 0) == ()
+        (tmp_path / "proc/version").unlink()
+        assert running_layout(tmp_path, self.RELEASE, 0) == (), "nobody says that it is K1's"
+
+    @pytest.mark.parametrize("kernel_end", [0x2009000, 0x20000])
+    def test_a_k1_that_ends_elsewhere_does_not_lie_at_zero(self, tmp_path, kernel_end):
+        self.write(tmp_path, kernel=self.file())
+        assert running_layout(tmp_path, self.RELEASE, kernel_end) == ()
+
+    def test_by_its_symbols(self, tmp_path):
+        self.symbols(tmp_path)
+        assert running_layout(tmp_path, self.RELEASE, 0) == self.EXPECTED
+        assert running_layout(tmp_path, self.RELEASE, 0x9000) == self.EXPECTED
+        assert running_layout(tmp_path, self.RELEASE, 0xA000) == ()
+
+    @pytest.mark.parametrize("name", list(SYMBOLS))
+    def test_symbols_that_are_not_there_or_hidden(self, tmp_path, name):
+        """Without CONFIG_KALLSYMS_ALL the data's are missing; kptr_restrict makes all of them zero."""
+        self.symbols(tmp_path, **{name: None})
+        assert running_layout(tmp_path, self.RELEASE, 0) == ()
+        self.symbols(tmp_path, **dict.fromkeys(self.SYMBOLS, -KERNEL_BASE))
+        assert running_layout(tmp_path, self.RELEASE, 0) == ()
+
+    def test_a_capture_kernel_s_own_symbols(self, tmp_path):
+        self.symbols(tmp_path, **{name: at + 0x2000000 for name, at in self.SYMBOLS.items()})
+        assert running_layout(tmp_path, self.RELEASE, 0) == ()
+
+
+# include/uapi/linux/kernel-page-flags.h and include/linux/kernel-page-flags.h
+KPF = {
+    name: 1 << bit
+    for bit, name in enumerate(
+        (
+            *("locked", "error", "referenced", "uptodate", "dirty", "lru", "active", "slab", "writeback", "reclaim", "buddy"),
+            *("mmap", "anon", "swapcache", "swapbacked", "head", "tail", "huge", "unevictable", "hwpoison", "nopage", "ksm"),
+            *("thp", "offline", "zero", "idle", "pgtable"),
+        )
+    )
+} | {"reserved": 1 << 32, "private": 1 << 35}
+
+
+def flags(*pages: str) -> bytes:
+    """`/proc/kpageflags` of these pages: names of flags, "*8" behind them for eight such pages."""
+    out = b""
+    for page in pages:
+        names, _, count = page.partition("*")
+        out += struct.pack("Q", sum(KPF[name] for name in names.split())) * int(count or 1)
+    return out
+
+
+class TestPages:
+    """Who holds K1's pages."""
+
+    PAGE = 0x1000
+
+    def uses(self, tmp_path, data: bytes, wanted: Range | None = None, page: int = PAGE) -> list[tuple[int, int, str]]:
+        """(first page, page behind the last, use)."""
+        (tmp_path / "proc").mkdir(exist_ok=True)
+        (tmp_path / "proc/kpageflags").write_bytes(data)
+        found = read_pages(tmp_path, RangeSet([wanted or Range(0, len(data) // 8 * page)]), page)
+        assert all(each.range.start % page == 0 for each in found)
+        return [(each.range.start // page, each.range.end // page, each.use) for each in found]
+
+    @pytest.mark.parametrize(
+        ("named", "use"),
+        [
+            ("buddy", "free"),
+            ("lru uptodate active mmap", "cache"),
+            ("referenced uptodate", "cache"),  # on its way to the lists
+            ("uptodate lru swapbacked", "cache"),  # shared memory
+            ("lru anon mmap swapbacked uptodate", "anonymous"),
+            ("anon ksm mmap", "anonymous"),
+            ("unevictable lru anon mmap", "anonymous"),
+            ("huge head", "anonymous"),
+            ("slab", "slab"),
+            ("slab private referenced", "slab"),
+            ("pgtable mmap", "pagetable"),
+            ("pgtable", "pagetable"),
+            ("hwpoison", "poisoned"),
+            ("hwpoison buddy", "poisoned"),
+            ("reserved", "kernel"),
+            ("reserved mmap", "kernel"),
+            ("zero reserved", "kernel"),
+            ("offline", "kernel"),
+            ("mmap", "kernel"),  # a driver's, mapped for a process
+            ("head", "kernel"),
+            ("private", "kernel"),
+            ("", "kernel"),
+        ],
+    )
+    def test_each_kind(self, tmp_path, named, use):
+        assert self.uses(tmp_path, flags(named)) == [(0, 1, use)]
+
+    def test_runs_are_as_long_as_can_be(self, tmp_path):
+        data = flags("reserved*3", "*2", "buddy*4", "slab", "buddy")
+        assert self.uses(tmp_path, data) == [(0, 5, "kernel"), (5, 9, "free"), (9, 10, "slab"), (10, 11, "free")]
+
+    def test_a_compound_page_is_its_first_page_s_holder(self, tmp_path):
+        """6.1 says of the others little more than that they belong to it."""
+        data = flags(
+            "lru uptodate head", "tail*3", "slab head", "slab tail", "head", "tail*2", "lru anon head thp", "anon tail thp"
+        )
+        expected = [(0, 4, "cache"), (4, 6, "slab"), (6, 9, "kernel"), (9, 11, "anonymous")]
+        assert self.uses(tmp_path, data) == expected
+
+    def test_one_poisoned_page_of_a_compound_page(self, tmp_path):
+        data = flags("lru uptodate head hwpoison", "tail", "tail hwpoison", "tail")
+        assert self.uses(tmp_path, data) == [(0, 1, "poisoned"), (1, 2, "cache"), (2, 3, "poisoned"), (3, 4, "cache")]
+
+    def test_holes_are_left_out(self, tmp_path):
+        assert self.uses(tmp_path, flags("buddy", "nopage*2", "buddy")) == [(0, 1, "free"), (3, 4, "free")]
+
+    def test_only_what_is_wanted(self, tmp_path):
+        data = flags("slab*4", "buddy*4", "slab*4")
+        assert self.uses(tmp_path, data, Range(3 * self.PAGE, 6 * self.PAGE)) == [(3, 4, "slab"), (4, 6, "free")]
+
+    def test_where_memory_ends_so_do_the_pages(self, tmp_path):
+        assert self.uses(tmp_path, flags("slab*2"), Range(0, 1 << 20)) == [(0, 2, "slab")]
+        assert self.uses(tmp_path, flags("slab*2") + b"half", Range(0, 1 << 20)) == [(0, 2, "slab")]
+
+    def test_a_range_that_begins_in_a_page(self, tmp_path):
+        (tmp_path / "proc").mkdir()
+        (tmp_path / "proc/kpageflags").write_bytes(flags("slab", "buddy*2"))
+        found = read_pages(tmp_path, RangeSet([Range(0x18000, 0x28000)]), 0x10000)
+        assert found == (Pages(Range(0x18000, 0x28000), "free"),)
+
+    def test_a_kernel_that_does_not_tell(self, tmp_path):
+        assert read_pages(tmp_path, RangeSet([Range(0, 0x1000)]), 0x1000) == ()
+        (tmp_path / "proc/kpageflags").mkdir(parents=True)
+        assert read_pages(tmp_path, RangeSet([Range(0, 0x1000)]), 0x1000) == ()
+
+    @given(st.lists(st.integers(0, (1 << 33) - 1), max_size=40))
+    def test_any_flags_make_ascending_runs_of_different_use(self, values):
+        with tempfile.TemporaryDirectory() as directory:
+            found = self.uses(Path(directory), struct.pack(f"{len(values)}Q", *values), Range(0, 0x100000))
+        for before, after in pairwise(found):
+            assert before[1] <= after[0]
+            assert before[1] < after[0] or before[2] != after[2]
+        held = sum(end - start for start, end, _ in found)
+        assert held == sum(not value & KPF["nopage"] for value in values)

@@ -1,17 +1,21 @@
 """What a machine is, as far as a capture kernel cares: memory, CPUs, firmware, and where the running kernel (K1) lies.
 
 A `Machine` is a value. `crashkernel.machine.devicetree` reads what a device tree alone can say; `crashkernel.machine.live`
-adds what only a running kernel knows.
+adds what only a running kernel knows; `crashkernel.machine.description` writes it all to a file and reads it back.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+from crashkernel.memory import RangeSet
+
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from crashkernel.formats.fdt import Node
-    from crashkernel.memory import Range, RangeSet
+    from crashkernel.memory import Range
 
 Platform = Literal["pseries", "powernv"]
 Mmu = Literal["radix", "hash"]
@@ -99,3 +103,26 @@ class Machine:
     layout: tuple[Region, ...] = ()  # K1's own image: text, read-only data, freed init, data; () when unknown
     kernel_end: int = 0  # where K1's image ends (its `_end`), 0 when unknown
     pages: tuple[Pages, ...] = ()  # who holds K1's low memory, ascending; () when K1 was not asked
+    tree_size: int = 0  # bytes of the whole tree, flattened; `device_tree` may be what a description keeps of it
+
+    def held_by(self, pages: Iterable[Pages]) -> Machine:
+        """The machine with `pages` in place of what was known of who holds their ranges."""
+        told = tuple(pages)
+        over = RangeSet(piece.range for piece in told)
+        kept = (Pages(part, piece.use) for piece in self.pages for part in RangeSet([piece.range]) - over)
+        return replace(self, pages=tuple(sorted((*kept, *told), key=lambda piece: piece.range.start)))
+
+    def booted_with(self, region: Range) -> Machine:
+        """The machine as if its kernel had been booted with `region` reserved.
+
+        Where that kernel would keep its notes nobody can tell; who holds a page of the region is no question any more.
+        """
+        return replace(
+            self,
+            reserved=region,
+            vmcoreinfo=None,
+            cpus=tuple(replace(cpu, note=None) for cpu in self.cpus),
+            pages=tuple(
+                Pages(part, piece.use) for piece in self.pages for part in RangeSet([piece.range]) - RangeSet([region])
+            ),
+        )

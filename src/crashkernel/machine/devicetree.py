@@ -11,30 +11,32 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from crashkernel.errors import FormatError
-from crashkernel.machine import Cpu, Lmb, Machine, Mmu, Platform, Region, Services
+from crashkernel.formats.fdt import DeviceTree
+from crashkernel.machine import Cpu, Machine, Mmu, Platform, Region, Services
+from crashkernel.machine.drmem import DynamicMemory
 from crashkernel.memory import Range, RangeSet
 
 if TYPE_CHECKING:
     from crashkernel.formats.fdt import Node
 
 DYNAMIC_MEMORY_NODE = "ibm,dynamic-reconfiguration-memory"
-_LMB_RESERVED = 0x80  # DRCONF_MEM_RESERVED, arch/powerpc/include/asm/drmem.h
-_LMB_ASSIGNED = 0x08  # DRCONF_MEM_ASSIGNED
 _LOWEST_REGION = 0x10000  # the running kernel itself lies at 0
-_MAX_LMBS = 1 << 20  # 256 TiB of 256 MiB blocks: more is a corrupt count, not a machine
+_SMALLEST_PAGE = 0x1000  # of any ppc64 kernel
 
 
 def machine_from_tree(root: Node, *, source: str = "device tree") -> Machine:
     """What the tree alone can tell; a running kernel's notes, page size and layout stay unknown (0, None, empty).
 
+    Where its image ends the tree of a running kernel tells (kexec_setup, arch/powerpc/kexec/core.c: linux,kernel-end).
     :raise FormatError: the tree is no POWER machine's, lacks memory, or says something impossible.
     """
     platform = _platform(root, source)
     nodes = [memory_ranges(node, root) for node in memory_nodes(root)]
-    lmbs = tuple(lmb.range for lmb in dynamic_memory(root) if lmb.usable)
-    memory = RangeSet([piece for node in nodes for piece in node] + list(lmbs))
+    memory = RangeSet(piece for node in nodes for piece in node) | dynamic_memory(root).usable
     if not memory:
         raise FormatError("no /memory node describes any RAM", source=source, hint="is this the tree of a POWER machine?")
+    for piece in memory:
+        _require_pages(piece, "memory", source)
     first = next(iter(memory))
     everything = Range(0, list(memory)[-1].end)
     chosen = root.child("chosen")
@@ -58,6 +60,8 @@ def machine_from_tree(root: Node, *, source: str = "device tree") -> Machine:
         altivec=_altivec(root),
         services=_services(root, platform),
         device_tree=root,
+        kernel_end=_word(chosen, "linux,kernel-end") if chosen is not None else 0,
+        tree_size=len(DeviceTree(root).to_bytes()),
     )
 
 
@@ -86,58 +90,12 @@ def memory_ranges(node: Node, root: Node) -> tuple[Range, ...]:
     return tuple(_reg(node, root))
 
 
-def dynamic_memory(root: Node) -> tuple[Lmb, ...]:
-    """The partition's logical memory blocks in the order the kernel walks them, both versions of the property.
+def dynamic_memory(root: Node) -> DynamicMemory:
+    """The partition's logical memory blocks.
 
-    Source: arch/powerpc/mm/drmem.c, __walk_drmem_v1_lmbs and __walk_drmem_v2_lmbs.
-    :raise FormatError: the property is shorter than its own count says.
+    :raise FormatError: the property is shorter than its own count says, or says something impossible.
     """
-    node = root.child(DYNAMIC_MEMORY_NODE)
-    if node is None or "ibm,lmb-size" not in node.properties:
-        return ()
-    size = int.from_bytes(node.properties["ibm,lmb-size"], "big")
-    if size == 0:
-        return ()
-    if "ibm,dynamic-memory" in node.properties:
-        return tuple(_lmbs_v1(node.properties["ibm,dynamic-memory"], size))
-    if "ibm,dynamic-memory-v2" in node.properties:
-        return tuple(_lmbs_v2(node.properties["ibm,dynamic-memory-v2"], size))
-    return ()
-
-
-def _lmbs_v1(data: bytes, size: int) -> Iterator[Lmb]:
-    # { base 64, drc index 32, reserved 32, associativity index 32, flags 32 }
-    count = _count(data, 24, "ibm,dynamic-memory")
-    for index in range(count):
-        entry = 4 + 24 * index
-        base = int.from_bytes(data[entry : entry + 8], "big")
-        yield Lmb(_sized(base, size), _usable(data[entry + 20 : entry + 24]))
-
-
-def _lmbs_v2(data: bytes, size: int) -> Iterator[Lmb]:
-    # { consecutive blocks 32, base 64, drc index 32, associativity index 32, flags 32 }
-    total = 0
-    for index in range(_count(data, 24, "ibm,dynamic-memory-v2")):
-        entry = 4 + 24 * index
-        run = int.from_bytes(data[entry : entry + 4], "big")
-        base = int.from_bytes(data[entry + 4 : entry + 12], "big")
-        total += run
-        if total > _MAX_LMBS:
-            raise FormatError(f"ibm,dynamic-memory-v2 claims {total} memory blocks", source="device tree")
-        for block in range(run):
-            yield Lmb(_sized(base + block * size, size), _usable(data[entry + 20 : entry + 24]))
-
-
-def _count(data: bytes, entry_size: int, name: str) -> int:
-    count = int.from_bytes(data[:4], "big")
-    if len(data) < 4 or len(data) < 4 + count * entry_size:
-        raise FormatError(f"{name} says {count} entries but holds {len(data)} bytes", source="device tree")
-    return count
-
-
-def _usable(flags: bytes) -> bool:
-    value = int.from_bytes(flags, "big")
-    return bool(value & _LMB_ASSIGNED) and not value & _LMB_RESERVED
+    return DynamicMemory.of(root.child(DYNAMIC_MEMORY_NODE))
 
 
 def _rma(nodes: list[tuple[Range, ...]], first: Range) -> Range:
@@ -156,7 +114,9 @@ def _reserved(chosen: Node | None) -> Range | None:
         return None
     if base < _LOWEST_REGION:
         raise FormatError(f"the reserved region at {base:#x} leaves K1 no page at 0", source="device tree")
-    return _sized(base, size)
+    region = _sized(base, size)
+    _require_pages(region, "the reserved region", "device tree")  # reserve_crashkernel, arch/powerpc/kexec/core.c, aligns both
+    return region
 
 
 def _firmware(root: Node) -> Iterator[Region]:
@@ -306,6 +266,11 @@ def _pairs(data: bytes, address_cells: int, size_cells: int) -> Iterator[Range]:
         size = int.from_bytes(data[at + 4 * address_cells : at + step], "big")
         if size:
             yield _sized(base, size)
+
+
+def _require_pages(piece: Range, what: str, source: str) -> None:
+    if piece.start % _SMALLEST_PAGE or piece.end % _SMALLEST_PAGE:
+        raise FormatError(f"{what} at {piece} is not in whole pages of {_SMALLEST_PAGE:#x} bytes", source=source)
 
 
 def _sized(base: int, size: int) -> Range:

@@ -15,10 +15,16 @@ from crashkernel.formats.elf import ElfFile
 from crashkernel.formats.fdt import Node
 from crashkernel.machine import HEAD_SIZE, Cpu, Machine, Mmu
 from crashkernel.machine.devicetree import machine_from_tree
-from crashkernel.memory import Range
+from crashkernel.machine.kernelfile import running_layout
+from crashkernel.machine.pages import read_pages
+from crashkernel.memory import Range, RangeSet
 
 PAGE_OFFSET = 0xC000000000000000
 """Virtual address of physical 0 in every ppc64 Linux (arch/powerpc/Kconfig, PAGE_OFFSET)."""
+
+# How far pages are asked for: K1's image, what is right behind it, and never less than a K2 at zero may need.
+_BEHIND_K1 = 64 << 20
+_LOW_MEMORY = 128 << 20
 
 
 def read_machine(root: Path = Path("/")) -> Machine:
@@ -34,16 +40,21 @@ def read_machine(root: Path = Path("/")) -> Machine:
         )
     machine = machine_from_tree(read_tree(tree), source=str(tree))
     sys_kernel = root / "sys/kernel"
+    release = (root / "proc/sys/kernel/osrelease").read_text().strip()
+    page_size = os.sysconf("SC_PAGESIZE")
+    low = Range(0, max(machine.kernel_end + _BEHIND_K1, _LOW_MEMORY))
     return replace(
         machine,
         mmu=_mmu(root, machine.mmu),
         byteorder=sys.byteorder,
-        page_size=os.sysconf("SC_PAGESIZE"),
+        page_size=page_size,
         cpus=_cpus(root),
         vmcoreinfo=_vmcoreinfo(sys_kernel / "vmcoreinfo"),
         head=_head(root / "proc/kcore"),
         cmdline=os.fsdecode((root / "proc/cmdline").read_bytes()).strip(),  # any bytes: whoever booted K1 typed them
-        release=(root / "proc/sys/kernel/osrelease").read_text().strip(),
+        release=release,
+        layout=running_layout(root, release, machine.kernel_end),
+        pages=read_pages(root, machine.memory & RangeSet([low]), page_size),
     )
 
 

@@ -68,10 +68,13 @@ def _drconf(root: Node, usable: RangeSet) -> bytes:
     # early_init_drmem_lmb, arch/powerpc/kernel/prom.c: for each block that is assigned and not reserved (others consume
     # nothing) a 64-bit count and that many pairs
     out = bytearray()
-    for lmb in dynamic_memory(root):
-        if lmb.usable:
-            pieces: list[Range] = list(RangeSet([lmb.range]) & usable)
-            out += len(pieces).to_bytes(8, "big")
-            if pieces:
-                out += _pairs(RangeSet(pieces))
+    for run in dynamic_memory(root).runs:
+        if not run.usable:
+            continue
+        if not usable.overlaps(run.range):
+            out += bytes(8 * run.count)
+            continue
+        for start in range(run.range.start, run.range.end, run.block):
+            pieces = RangeSet([Range.sized(start, run.block)]) & usable
+            out += len(pieces).to_bytes(8, "big") + (_pairs(pieces) if pieces else b"")
     return bytes(out)
