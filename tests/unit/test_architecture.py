@@ -20,7 +20,7 @@ STOREYS = (
     ("machine",),
     ("placement",),
     ("purgatory",),
-    ("loader",),
+    ("loader", "quarantine"),
     ("capture", "report"),
     ("drill",),
     ("bench", "campaign"),
