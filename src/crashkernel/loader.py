@@ -11,14 +11,17 @@ import errno
 import json
 import os
 import platform
-from dataclasses import dataclass
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from crashkernel.errors import FormatError, LoadRefused, PlanError
+from crashkernel.errors import EnvironmentFault, FormatError, LoadRefused, PlanError
 from crashkernel.formats.elf import EM_PPC64, CoreLoad, build_core_header
 from crashkernel.machine.live import PAGE_OFFSET
-from crashkernel.placement.plan import LoadPlan, Segment
+from crashkernel.memory import format_size
+from crashkernel.placement import slaves_of
+from crashkernel.placement.plan import DAMAGE_POLICIES, PLACEMENTS, DamagePolicy, LoadPlan, PlacementName, Segment
 from crashkernel.placement.tree import capture_tree
 from crashkernel.purgatory import purgatory_bytes
 
@@ -33,6 +36,9 @@ _KEXEC_ARCH_PPC64 = EM_PPC64 << 16
 STATE = Path("run/crashkernel/plan.json")
 """Where the plan of what is loaded is kept, below the root directory."""
 
+REQUEST = Path("run/crashkernel/request.json")
+"""Where what was asked for is kept, so that it can be loaded again."""
+
 
 @dataclass(frozen=True, slots=True)
 class Payload:
@@ -40,6 +46,37 @@ class Payload:
 
     segment: Segment
     data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a load was asked for: enough to load the same again on a machine that has changed since."""
+
+    placement: PlacementName
+    on_damage: DamagePolicy
+    kernel: str  # absolute path
+    initrd: str  # absolute path, "" for none
+    cmdline: str  # K2's, without elfcorehdr=
+    quarantine: bool  # whether what K1 could hand out of K2's memory at zero is taken out of its hands
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "request") -> Request:
+        """Read a request back.
+
+        :raise FormatError: it is none.
+        """
+        try:
+            raw = json.loads(text)
+            kinds = {"quarantine": bool}
+            if {name: type(value) for name, value in raw.items()} != {
+                field: kinds.get(field, str) for field in cls.__dataclass_fields__
+            }:
+                raise ValueError("its fields are not those of a request")
+            if raw["placement"] not in PLACEMENTS or raw["on_damage"] not in DAMAGE_POLICIES:
+                raise ValueError("a choice is unknown")
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise FormatError(f"not a record of a load: {error}", source=source, hint="load with your options again") from error
+        return cls(**cast("dict[str, str | bool]", raw))  # type: ignore[arg-type]
 
 
 def assemble(plan: LoadPlan, machine: Machine, image: KernelImage, initrd: bytes) -> tuple[Payload, ...]:
@@ -90,10 +127,20 @@ class _KexecSegment(ctypes.Structure):
     )
 
 
-def load(plan: LoadPlan, payloads: tuple[Payload, ...], root: Path = Path("/")) -> bool:
-    """Load into the running kernel, replacing what was loaded before, and remember the plan for `status`.
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What became of a load.
 
-    False when it is loaded but could not be remembered.
+    `unprotected` is in seconds: how long the kernel had no capture kernel at the most, None if it had none before. It frees the
+    old one before it copies the new one in (do_kexec_load, kernel/kexec.c), and there is no other way into the region.
+    """
+
+    remembered: bool  # whether `status` and a refresh will know of it
+    unprotected: float | None
+
+
+def load(plan: LoadPlan, payloads: tuple[Payload, ...], request: Request, root: Path = Path("/")) -> Loaded:
+    """Load into the running kernel, replacing what was loaded before, and remember plan and request.
 
     :raise LoadRefused: the kernel's refusal, translated.
     """
@@ -106,8 +153,12 @@ def load(plan: LoadPlan, payloads: tuple[Payload, ...], root: Path = Path("/")) 
         slot.bufsz = len(payload.data)
         slot.mem = payload.segment.range.start
         slot.memsz = payload.segment.range.size
+    replaces = status(root).loaded
+    begin = time.monotonic()
     _kexec_load(plan.segment("purgatory").range.start, segments, plan)
-    return _remember(root / STATE, plan.to_json())
+    seconds = time.monotonic() - begin
+    remembered = [_remember(root / STATE, plan.to_json()), _remember(root / REQUEST, json.dumps(asdict(request), indent=1))]
+    return Loaded(all(remembered), seconds if replaces else None)
 
 
 def unload(root: Path = Path("/")) -> bool:
@@ -118,7 +169,40 @@ def unload(root: Path = Path("/")) -> bool:
     was_loaded = status(root).loaded
     _kexec_load(0, (_KexecSegment * 0)(), None)
     _forget(root / STATE)
+    _forget(root / REQUEST)
     return was_loaded
+
+
+def requested(root: Path = Path("/")) -> Request:
+    """What the last load by crashkernel was asked for.
+
+    :raise EnvironmentFault: there is no record of one.
+    :raise FormatError: the record cannot be read.
+    """
+    try:
+        text = (root / REQUEST).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise EnvironmentFault(
+            f"no record of a load by crashkernel in /{REQUEST}", hint="run `crashkernel load` with your options"
+        ) from error
+    return Request.from_json(text, str(root / REQUEST))
+
+
+def outdated(plan: LoadPlan, machine: Machine) -> tuple[str, ...]:
+    """What has changed on the machine since `plan` was made for it, one line each; nothing when it still holds."""
+    changes = []
+    if added := machine.memory - plan.memory:
+        changes.append(f"{format_size(added.total)} of memory came at {added}: it would not be in the dump")
+    if gone := plan.memory - machine.memory:
+        changes.append(f"{format_size(gone.total)} of memory went at {gone}: the capture would fail there")
+    if machine.reserved != plan.reserved:
+        changes.append(f"the reserved region is {machine.reserved or 'gone'}, K2 was planned into {plan.reserved}")
+    notes = [note for note in (machine.vmcoreinfo, *(cpu.note for cpu in machine.cpus)) if note is not None]
+    if new := [note for note in notes if note not in plan.notes]:
+        changes.append(f"{len(new)} note buffers of CPUs are not in the dump's header: their registers would be missing")
+    if (slaves := slaves_of(machine)) != plan.slaves:
+        changes.append(f"{slaves + 1} CPUs are online, the handover waits for {plan.slaves + 1}")
+    return tuple(changes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,12 +323,13 @@ def _forget(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def status_json(now: Status) -> str:
-    """`Status` for scripts."""
+def status_json(now: Status, changes: tuple[str, ...]) -> str:
+    """`Status` for scripts, and what has changed since the load."""
     return json.dumps(
         {
             "loaded": now.loaded,
             "reserved_size": now.reserved_size,
+            "outdated": list(changes),
             "plan": json.loads(now.plan.to_json()) if now.plan else None,
         },
         indent=1,

@@ -15,24 +15,38 @@ import numpy as np
 import pytest
 
 from crashkernel import loader
-from crashkernel.errors import LoadRefused, PlanError
+from crashkernel.errors import EnvironmentFault, FormatError, LoadRefused, PlanError
 from crashkernel.formats.elf import CoreHeader
 from crashkernel.formats.fdt import DeviceTree
-from crashkernel.loader import STATE, Payload, assemble, load, refusal, status, status_json, unload
+from crashkernel.loader import (
+    REQUEST,
+    STATE,
+    Payload,
+    Request,
+    assemble,
+    load,
+    outdated,
+    refusal,
+    requested,
+    status,
+    status_json,
+    unload,
+)
 from crashkernel.memory import Range, RangeSet, align_up
 from crashkernel.placement import plan_load
 from crashkernel.placement.plan import LoadPlan
 from crashkernel.placement.tree import capture_tree
 from crashkernel.purgatory import purgatory_bytes
-from support.machines import HEAD, MIB, kernel, small_machine, small_plan
+from support.machines import HEAD, MIB, initrd, kernel, small_machine, small_plan
 
 INITRD = bytes(range(256)) * 300
+ASKED = Request("zero", "reboot", "/boot/vmlinux", "/boot/initrd", "console=hvc0", True)
 every_placement = pytest.mark.parametrize("placement", ["zero", "reserved"])
 
 
 def assembled(placement: str, **changes) -> tuple[LoadPlan, dict[str, Payload]]:
     found = small_machine(**changes)
-    plan = plan_load(found, kernel(), len(INITRD), "console=hvc0", placement)
+    plan = plan_load(found, kernel(), initrd(len(INITRD)), "console=hvc0", placement)
     return plan, {payload.segment.content: payload for payload in assemble(plan, found, kernel(), INITRD)}
 
 
@@ -40,7 +54,7 @@ class TestAssemble:
     @every_placement
     def test_one_payload_for_each_segment_in_the_plan_s_order(self, placement):
         found = small_machine()
-        plan = plan_load(found, kernel(), len(INITRD), "", placement)
+        plan = plan_load(found, kernel(), initrd(len(INITRD)), "", placement)
         payloads = assemble(plan, found, kernel(), INITRD)
         assert tuple(payload.segment for payload in payloads) == plan.segments
         assert all(len(payload.data) <= payload.segment.range.size for payload in payloads)
@@ -52,7 +66,7 @@ class TestAssemble:
 
     def test_a_command_line_that_is_no_text_reaches_k2_byte_for_byte(self):
         found = small_machine()
-        plan = plan_load(found, kernel(), 0, os.fsdecode(b"name=caf\xe9"), "zero")
+        plan = plan_load(found, kernel(), initrd(0), os.fsdecode(b"name=caf\xe9"), "zero")
         assert LoadPlan.from_json(plan.to_json()) == plan
         payloads = {payload.segment.content: payload.data for payload in assemble(plan, found, kernel(), b"")}
         bootargs = DeviceTree.from_bytes(payloads["fdt"]).root.child("chosen").properties["bootargs"]
@@ -94,7 +108,7 @@ class TestAssemble:
         """The region begins below K2's end: the head of the image waits above, its tail lies where it will run."""
         image = kernel(40 * MIB, 39 * MIB)
         found = small_machine(region=Range(32 * MIB, 192 * MIB))
-        plan = plan_load(found, image, 0, "", "zero")
+        plan = plan_load(found, image, initrd(0), "", "zero")
         head, tail = (p for p in assemble(plan, found, image, b"") if p.segment.content == "kernel")
         assert len(head.data) == 32 * MIB
         assert head.data + tail.data == image.bytes_to_load(in_place=False)
@@ -102,7 +116,7 @@ class TestAssemble:
 
     def test_without_initrd(self):
         found = small_machine()
-        plan = plan_load(found, kernel(), 0, "", "zero")
+        plan = plan_load(found, kernel(), initrd(0), "", "zero")
         assert [payload.segment.content for payload in assemble(plan, found, kernel(), b"")] == [
             "kernel",
             "purgatory",
@@ -112,14 +126,14 @@ class TestAssemble:
 
     def test_what_outgrew_its_room_is_refused(self):
         found = small_machine()
-        plan = plan_load(found, kernel(), len(INITRD), "", "zero")
+        plan = plan_load(found, kernel(), initrd(len(INITRD)), "", "zero")
         room = plan.segment("initrd").range.size
         with pytest.raises(PlanError, match=f"the initrd is {room + 1} bytes, its segment holds {room}"):
             assemble(plan, found, kernel(), bytes(room + 1))
 
     def test_a_head_that_nobody_could_read_is_refused(self):
         found = replace(small_machine(), head=b"")
-        plan = plan_load(found, kernel(), 0, "", "zero")
+        plan = plan_load(found, kernel(), initrd(0), "", "zero")
         with pytest.raises(PlanError, match=r"K1's head is 0 bytes.*/proc/kcore"):
             assemble(plan, found, kernel(), b"")
 
@@ -128,7 +142,7 @@ class TestAssemble:
         image = kernel(byteorder="big")
         found = small_machine()
         try:
-            plan = plan_load(found, image, 0, "", "zero")
+            plan = plan_load(found, image, initrd(0), "", "zero")
             (header,) = (p for p in assemble(plan, found, image, b"") if p.segment.content == "elfcorehdr")
         except PlanError as error:
             assert "endian" in error.message  # noqa: PT017 - to refuse is as good
@@ -223,7 +237,7 @@ def loaded(request):
     found = small_machine(**changes)
     if name == "a kernel in two pieces":
         found = replace(found, vmcoreinfo=None, cpus=tuple(replace(cpu, note=None) for cpu in found.cpus))
-    plan = plan_load(found, image, len(INITRD), "console=hvc0", placement)
+    plan = plan_load(found, image, initrd(len(INITRD)), "console=hvc0", placement)
     return plan, image, assemble(plan, found, image, INITRD)
 
 
@@ -269,7 +283,7 @@ class TestHandover:
     def test_a_bit_behind_the_image_is_nobody_s_business(self, placement, span, radix):
         """It is free memory of K2's, up to the segment's end; the image's last line is not."""
         found, image = small_machine(radix=radix), kernel(span)
-        plan = plan_load(found, image, len(INITRD), "console=hvc0", placement)
+        plan = plan_load(found, image, initrd(len(INITRD)), "console=hvc0", placement)
         payloads = assemble(plan, found, image, INITRD)
         segment = plan.segment("kernel").range
         end = align_up(span, 128)
@@ -288,9 +302,9 @@ class TestHandover:
     def test_a_bit_of_an_initrd_that_lies_half_above_the_rma(self, placement):
         """Below it is told; what is above nobody reads before K2 does."""
         found = replace(small_machine(), real_mode=Range(0, 96 * MIB))
-        initrd = bytes(40 * MIB)
-        plan = plan_load(found, kernel(), len(initrd), "console=hvc0", placement)
-        payloads = assemble(plan, found, kernel(), initrd)
+        large = bytes(40 * MIB)
+        plan = plan_load(found, kernel(), initrd(len(large)), "console=hvc0", placement)
+        payloads = assemble(plan, found, kernel(), large)
         (beyond,) = plan.unchecked
         assert beyond == Range(96 * MIB, plan.segment("initrd").range.end)
         for at, names in ((beyond.start - 1, ["initrd"]), (beyond.start, []), (beyond.end - 1, [])):
@@ -302,7 +316,7 @@ class TestHandover:
     def test_a_bit_of_the_purgatory_s_that_falls_over_later_stops_the_row_it_concerns(self, placement):
         """In code, parameters, and K1's saved head before any row; in a row before that row is obeyed, and not sooner."""
         found = small_machine()
-        plan = plan_load(found, kernel(), len(INITRD), "console=hvc0", placement)
+        plan = plan_load(found, kernel(), initrd(len(INITRD)), "console=hvc0", placement)
         payloads = assemble(plan, found, kernel(), INITRD)
         rows = len(plan.moves) + 1
         random = np.random.default_rng(2)
@@ -414,7 +428,7 @@ def running(tmp_path, monkeypatch):
 class TestLoad:
     def test_the_system_call(self, running):
         plan, payloads = assembled("zero")
-        load(plan, tuple(payloads.values()), running.root)
+        load(plan, tuple(payloads.values()), ASKED, running.root)
         ((number, entry, segments, flags),) = running.calls
         assert number == 268
         assert entry == plan.segment("purgatory").range.start
@@ -423,17 +437,22 @@ class TestLoad:
 
     def test_the_plan_is_remembered(self, running):
         plan, payloads = assembled("zero")
-        assert load(plan, tuple(payloads.values()), running.root) is True
+        assert load(plan, tuple(payloads.values()), ASKED, running.root).remembered is True
         now = status(running.root)
         assert (now.loaded, now.reserved_size, now.plan) == (True, 128 * MIB, plan)
-        assert list((running.root / STATE).parent.iterdir()) == [running.root / STATE]
-        again = json.loads(status_json(now))
-        assert again == {"loaded": True, "reserved_size": 128 * MIB, "plan": json.loads(plan.to_json())}
+        assert sorted((running.root / STATE).parent.iterdir()) == [running.root / STATE, running.root / REQUEST]
+        again = json.loads(status_json(now, ("a CPU came",)))
+        assert again == {
+            "loaded": True,
+            "reserved_size": 128 * MIB,
+            "outdated": ["a CPU came"],
+            "plan": json.loads(plan.to_json()),
+        }
 
     def test_the_new_plan_takes_the_old_one_s_place_in_one_step(self, running, monkeypatch):
         for placement in ("zero", "reserved"):
             plan, payloads = assembled(placement)
-            load(plan, tuple(payloads.values()), running.root)
+            load(plan, tuple(payloads.values()), ASKED, running.root)
         assert status(running.root).plan == plan
 
         def fail(*_):
@@ -443,12 +462,12 @@ class TestLoad:
         assert loader._remember(running.root / STATE, "half a pl") is False
         monkeypatch.undo()
         assert status(running.root).plan is None, "the old record would speak of another load"
-        assert list((running.root / STATE).parent.iterdir()) == []
+        assert list((running.root / STATE).parent.iterdir()) == [running.root / REQUEST]
 
     def test_a_load_that_cannot_be_remembered_is_a_load_all_the_same(self, running):
         (running.root / "run").write_text("not a directory")
         plan, payloads = assembled("zero")
-        assert load(plan, tuple(payloads.values()), running.root) is False
+        assert load(plan, tuple(payloads.values()), ASKED, running.root).remembered is False
         now = status(running.root)
         assert now.loaded
         assert now.plan is None
@@ -456,10 +475,10 @@ class TestLoad:
 
     def test_a_refused_load_leaves_the_record_alone(self, running):
         plan, payloads = assembled("zero")
-        load(plan, tuple(payloads.values()), running.root)
+        load(plan, tuple(payloads.values()), ASKED, running.root)
         running.answer = errno.EBUSY
         with pytest.raises(LoadRefused, match="in progress"):
-            load(small_plan("reserved"), (), running.root)
+            load(small_plan("reserved"), (), ASKED, running.root)
         assert status(running.root).plan == plan
 
     def test_lockdown_is_asked_for(self, running, monkeypatch):
@@ -467,7 +486,7 @@ class TestLoad:
         monkeypatch.setattr(loader, "_lockdown", lambda: "integrity")
         plan, payloads = assembled("zero")
         with pytest.raises(LoadRefused, match=r"lockdown \(integrity\)"):
-            load(plan, tuple(payloads.values()), running.root)
+            load(plan, tuple(payloads.values()), ASKED, running.root)
 
     @pytest.mark.parametrize(
         ("text", "mode"),
@@ -488,7 +507,7 @@ class TestLoad:
 class TestUnload:
     def test_it_loads_nothing(self, running):
         plan, payloads = assembled("zero")
-        load(plan, tuple(payloads.values()), running.root)
+        load(plan, tuple(payloads.values()), ASKED, running.root)
         assert unload(running.root) is True
         number, entry, segments, flags = running.calls[-1]
         assert (number, entry, segments, flags) == (268, 0, [], 1 | 21 << 16)
@@ -500,7 +519,7 @@ class TestUnload:
 
     def test_refused(self, running):
         plan, payloads = assembled("zero")
-        load(plan, tuple(payloads.values()), running.root)
+        load(plan, tuple(payloads.values()), ASKED, running.root)
         running.answer = errno.EBUSY
         with pytest.raises(LoadRefused):
             unload(running.root)
@@ -511,7 +530,7 @@ class TestStatus:
     def test_loaded_by_somebody_else(self, running):
         running.loaded = True
         assert status(running.root).plan is None
-        assert json.loads(status_json(status(running.root)))["plan"] is None
+        assert json.loads(status_json(status(running.root), ()))["plan"] is None
 
     @pytest.mark.parametrize("record", [b"", b"{}", b"\xff\xfe\x00", b"[" * 100_000], ids=["empty", "object", "binary", "deep"])
     def test_a_record_that_was_lost(self, running, record):
@@ -524,7 +543,7 @@ class TestStatus:
 
     def test_a_record_of_a_plan_that_breaks_its_promise(self, running):
         plan, payloads = assembled("zero")
-        load(plan, tuple(payloads.values()), running.root)
+        load(plan, tuple(payloads.values()), ASKED, running.root)
         raw = json.loads(plan.to_json())
         raw["moves"].pop(0)
         (running.root / STATE).write_text(json.dumps(raw))
@@ -532,7 +551,7 @@ class TestStatus:
 
     def test_a_record_that_outlived_its_load(self, running):
         plan, payloads = assembled("zero")
-        load(plan, tuple(payloads.values()), running.root)
+        load(plan, tuple(payloads.values()), ASKED, running.root)
         running.loaded = False
         assert status(running.root).plan is None
 
@@ -548,7 +567,63 @@ class TestElsewhere:
         monkeypatch.setattr(platform, "machine", lambda: machine)
         plan, payloads = assembled("zero")
         with pytest.raises(LoadRefused, match=rf"this is a {machine} kernel.*on the POWER host") as caught:
-            load(plan, tuple(payloads.values()), running.root)
+            load(plan, tuple(payloads.values()), ASKED, running.root)
         assert caught.value.errno == 0
         assert running.calls == []
         assert not (running.root / STATE).exists()
+
+
+class TestRefresh:
+    def test_what_was_asked_for_is_remembered_until_it_is_unloaded(self, running):
+        plan, payloads = assembled("zero")
+        load(plan, tuple(payloads.values()), ASKED, running.root)
+        assert requested(running.root) == ASKED
+        unload(running.root)
+        with pytest.raises(EnvironmentFault, match="no record of a load"):
+            requested(running.root)
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda raw: raw.pop("kernel"),
+            lambda raw: raw.update(kernel=7),
+            lambda raw: raw.update(quarantine="yes"),
+            lambda raw: raw.update(placement="elsewhere"),
+            lambda raw: raw.update(on_damage="pray"),
+            lambda raw: raw.update(more=1),
+        ],
+    )
+    def test_a_record_that_is_none(self, running, damage):
+        plan, payloads = assembled("zero")
+        load(plan, tuple(payloads.values()), ASKED, running.root)
+        raw = json.loads((running.root / REQUEST).read_text())
+        damage(raw)
+        (running.root / REQUEST).write_text(json.dumps(raw))
+        with pytest.raises(FormatError, match="not a record of a load"):
+            requested(running.root)
+
+    @pytest.mark.parametrize("text", ["", "[]", "null", "[" * 100_000])
+    def test_a_record_that_is_no_object(self, running, text):
+        (running.root / REQUEST).parent.mkdir(parents=True)
+        (running.root / REQUEST).write_text(text)
+        with pytest.raises(FormatError, match="not a record of a load"):
+            requested(running.root)
+
+    def test_nothing_has_changed(self):
+        for placement in ("zero", "reserved"):
+            assert outdated(assembled(placement)[0], small_machine()) == ()
+
+    @pytest.mark.parametrize(
+        ("change", "says"),
+        [
+            ({"memory": RangeSet([Range(0, 272 * MIB)])}, "16 MiB of memory came at 0x10000000-0x11000000"),
+            ({"memory": RangeSet([Range(0, 240 * MIB)])}, "16 MiB of memory went at 0xf000000-0x10000000"),
+            ({"reserved": Range(64 * MIB, 128 * MIB)}, "the reserved region is 0x4000000-0x8000000"),
+            ({"reserved": None}, "the reserved region is gone"),
+            ({"vmcoreinfo": Range(0x700000, 0x701000)}, "1 note buffers"),
+            ({"cpus": small_machine().cpus[:1]}, "1 CPUs are online, the handover waits for 2"),
+        ],
+    )
+    def test_what_has_changed_is_told(self, change, says):
+        (told,) = outdated(assembled("zero")[0], replace(small_machine(), **change))
+        assert says in told

@@ -31,6 +31,7 @@ from support.machines import (
     VTY,
     Block,
     drmem_node,
+    initrd,
     kernel,
     machine,
     memory_node,
@@ -44,7 +45,7 @@ pages = lambda low, high: st.integers(low // PAGE, high // PAGE).map(lambda n: n
 
 
 def make_plan(found: Machine, image: KernelImage, placement: str, initrd_size: int = 5 * MIB) -> LoadPlan:
-    return plan_load(found, image, initrd_size, "console=hvc0 irqpoll", placement)
+    return plan_load(found, image, initrd(initrd_size), "console=hvc0 irqpoll", placement)
 
 
 @st.composite
@@ -353,9 +354,9 @@ class TestPlacements:
     @every_placement
     @pytest.mark.parametrize("policy", DAMAGE_POLICIES)
     def test_what_to_do_about_damage_is_the_caller_s(self, placement, policy):
-        plan = plan_load(small_machine(), kernel(), 0, "", placement, policy)
+        plan = plan_load(small_machine(), kernel(), initrd(0), "", placement, policy)
         assert plan.on_damage == policy
-        assert replace(plan, on_damage="reboot") == plan_load(small_machine(), kernel(), 0, "", placement)
+        assert replace(plan, on_damage="reboot") == plan_load(small_machine(), kernel(), initrd(0), "", placement)
 
     @pytest.mark.parametrize("vectors", [{}, {"ibm,vmx": 1}])
     def test_altivec_is_the_machine_s(self, vectors):
@@ -417,21 +418,21 @@ class TestPlacements:
     def test_the_longest_command_line(self):
         """COMMAND_LINE_SIZE, arch/powerpc/include/uapi/asm/setup.h: 2047 bytes and a NUL."""
         found = small_machine()
-        added = len(plan_load(found, kernel(), 0, "", "zero").cmdline) + 1
+        added = len(plan_load(found, kernel(), initrd(0), "", "zero").cmdline) + 1
         longest = "x" * (2047 - added)
-        assert len(plan_load(found, kernel(), 0, longest, "zero").cmdline) == 2047
+        assert len(plan_load(found, kernel(), initrd(0), longest, "zero").cmdline) == 2047
         for line in (longest + "x", "\u00e9" * (len(longest) // 2 + 1)):
             with pytest.raises(PlanError, match=r"2\d{3} bytes, K2 reads 2048.*--append.*--reuse-cmdline"):
-                plan_load(found, kernel(), 0, line, "zero")
+                plan_load(found, kernel(), initrd(0), line, "zero")
 
     @every_placement
     @pytest.mark.parametrize("word", ["disable_radix", "disable_radix=1"])
     def test_a_k2_that_is_told_to_use_hash(self, placement, word):
         found = small_machine(region=Range(65 * MIB, 192 * MIB))
-        plan = plan_load(found, kernel(), 70_000, f"console=hvc0 {word}", placement)
+        plan = plan_load(found, kernel(), initrd(70_000), f"console=hvc0 {word}", placement)
         check_invariants(plan, found, kernel())
         assert all(value % (16 * MIB) == 0 for r in plan.k2_mapped for value in (r.start, r.end))
-        other = plan_load(found, kernel(), 70_000, "root=/dev/disable_radix", placement)
+        other = plan_load(found, kernel(), initrd(70_000), "root=/dev/disable_radix", placement)
         assert any(r.start % (16 * MIB) or r.end % (16 * MIB) for r in other.k2_mapped)
 
     @every_placement
@@ -507,7 +508,7 @@ class TestPlacements:
             assert plan.segment("kernel").range.size >= (2 if radix else 16) * MIB
 
     def test_the_command_line_may_be_empty(self):
-        plan = plan_load(small_machine(), kernel(), 0, "", "zero")
+        plan = plan_load(small_machine(), kernel(), initrd(0), "", "zero")
         assert plan.cmdline.startswith("elfcorehdr=")
 
     @pytest.mark.parametrize("radix", [True, False])

@@ -1,7 +1,7 @@
 """The `crashkernel` command: the only room that prints or exits.
 
-`rescue` holds what runs on the POWER host and in its initramfs (plan, load, status, unload); `twin` what runs on the
-engineer's machine (drill, matrix), `bench` too. The latter and their dependencies are only imported when asked for.
+`describe`, `planning` (plan, compare) and `rescue` (load, status, unload) run on the POWER host and in its initramfs; `twin`
+(drill, matrix) and `bench` on the engineer's machine. The latter and their dependencies are only imported when asked for.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ import os
 import sys
 
 from crashkernel import __version__
-from crashkernel.cli import rescue
+from crashkernel.cli import describe, planning, rescue
 from crashkernel.errors import CrashkernelError
 
 _DESCRIPTION = """kdump for POWER: decides where the capture kernel goes, loads it, hands the machine over to it when the
 running kernel dies, and proves on a virtual twin that every byte of the dead kernel's memory will be in the dump."""
 
 _EPILOG = """on the POWER host:
-  crashkernel plan                          show where everything would go, stage by stage
+  crashkernel plan                          show where everything would go, and what could go wrong
+  crashkernel compare                       both placements side by side
   crashkernel load                          protect this host with its own kernel
   crashkernel status                        is it protected, and how?
 
@@ -70,9 +71,11 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"crashkernel {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    describe.add_commands(commands)
+    planning.add_commands(commands)
     rescue.add_commands(commands)
     # In an initramfs neither the drill nor what it stands on is there; and parsing `load` needs none of it.
-    if not argv or argv[0] not in rescue.COMMANDS:
+    if not argv or argv[0] not in (*describe.COMMANDS, *planning.COMMANDS, *rescue.COMMANDS):
         from crashkernel.cli import bench, twin  # noqa: PLC0415
 
         twin.add_commands(commands)

@@ -1,8 +1,13 @@
-"""How every command of the house presents itself."""
+"""What every command of the house does alike: it presents itself, reads the files it is given, and writes whole ones."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+from pathlib import Path
+
+from crashkernel.errors import UsageError
 
 
 def add_command(
@@ -16,3 +21,35 @@ def add_command(
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def read(path: Path) -> bytes:
+    """A file named on the command line.
+
+    :raise UsageError: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}", hint="give the path of an existing, readable file") from error
+
+
+def write(path: Path, text: str, option: str) -> None:
+    """Write the file that `option` names, whole or not at all; a device or a pipe is written to, not replaced.
+
+    :raise UsageError: it cannot be written.
+    """
+    target = path.resolve()
+    try:
+        if target.exists() and not target.is_file():
+            target.write_text(text, encoding="utf-8")
+            return
+        scratch = target.with_name(f".{target.name}-{os.getpid()}")
+        try:
+            scratch.write_text(text)
+            scratch.replace(target)
+        finally:
+            with contextlib.suppress(OSError):
+                scratch.unlink(missing_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}", hint=f"choose another {option}") from error

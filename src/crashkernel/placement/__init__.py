@@ -12,11 +12,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from crashkernel.errors import PlanError
-from crashkernel.formats.fdt import DeviceTree
 from crashkernel.machine import Machine, Services
 from crashkernel.machine.devicetree import dynamic_memory
 from crashkernel.memory import Range, RangeSet, align_up, format_size
 from crashkernel.placement import tables
+from crashkernel.placement.hazards import EARLY_ALLOCATIONS, assess
 from crashkernel.placement.moves import MAX_MOVES
 from crashkernel.placement.plan import (
     DamagePolicy,
@@ -30,6 +30,7 @@ from crashkernel.placement.plan import (
     loaded_contents,
     to_check,
 )
+from crashkernel.placement.sizing import Initrd, estimate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from crashkernel.machine import Mmu
     from crashkernel.placement.image import KernelImage
     from crashkernel.placement.moves import Move
+    from crashkernel.placement.sizing import Estimate
 
 PAGE = 0x10000
 """Everything is placed in whole 64 KiB pages: the largest base page of any ppc64 kernel, K1 or K2."""
@@ -59,22 +61,19 @@ came up and then stood still before its init, every time, while with the ragged 
 COMMAND_LINE_SIZE = 2048
 """Here K2 cuts its command line off, in bytes with the final NUL (arch/powerpc/include/uapi/asm/setup.h)."""
 
-EARLY_ALLOCATIONS = 2 * _MIB
-"""Free memory K2 needs right behind its image at zero: radix takes the page tables of a range from inside it."""
-
 
 def plan_load(
     machine: Machine,
     image: KernelImage,
-    initrd_size: int,
+    initrd: Initrd,
     cmdline: str,
     placement: PlacementName,
     on_damage: DamagePolicy = "reboot",
 ) -> LoadPlan:
     """The complete plan for one machine, capture kernel and placement.
 
-    `initrd_size` is in bytes; `cmdline` is K2's, without `elfcorehdr=`, which is added here; `on_damage` is what is done at a
-    panic when what was loaded is found damaged.
+    `initrd` is what is known of K2's, of size 0 when there is none; `cmdline` is K2's, without `elfcorehdr=`, which is added
+    here; `on_damage` is what is done at a panic when what was loaded is found damaged.
     :raise PlanError: no region is reserved, K2 does not fit into it (says by how much, and what to change), or its command
         line is too long.
     """
@@ -85,8 +84,9 @@ def plan_load(
             hint="boot with crashkernel=512M on the kernel command line (check /sys/kernel/kexec_crash_size)",
         )
     # Hash blocks hold whole radix blocks, so K2 may still choose radix (parse_disable_radix, arch/powerpc/mm/init_64.c).
-    hash_likely = machine.mmu == "hash" or any(word.partition("=")[0] == "disable_radix" for word in cmdline.split())
-    block = LINEAR_MAP_BLOCK["hash" if hash_likely else "radix"]
+    words = cmdline.split()
+    mmu: Mmu = "hash" if machine.mmu == "hash" or any(word.partition("=")[0] == "disable_radix" for word in words) else "radix"
+    block = LINEAR_MAP_BLOCK[mmu]
     firmware = RangeSet(region.range.align_outward(PAGE) for region in machine.firmware)
     table = (_zero if placement == "zero" else _reserved)(machine, image, region, firmware, block)
     k2_memory = table.k2_memory - firmware
@@ -94,16 +94,16 @@ def plan_load(
     free = k2_memory - RangeSet(segment.range for segment in table.segments)
     room = _Room((RangeSet([region]) & free) - RangeSet([table.low_block]) - _spare(k2_mapped, free), machine)
     # room for what tree.py adds: K2's command line, a pair of 64-bit numbers for each piece of memory, its count in drconf
-    tree_size = len(DeviceTree(machine.device_tree, (), 0).to_bytes()) + COMMAND_LINE_SIZE + 64 * 1024
-    tree_size += 24 * sum(lmb.usable for lmb in dynamic_memory(machine.device_tree))
+    tree_size = machine.tree_size + COMMAND_LINE_SIZE + 64 * 1024
+    tree_size += 24 * dynamic_memory(machine.device_tree).usable_blocks
     core_entries = 8 + len(machine.cpus) + 2 * len(machine.memory) + 4 * MAX_MOVES
     wanted: list[tuple[SegmentContent, int]] = [
         ("purgatory", PURGATORY_SIZE),
         ("elfcorehdr", 64 + 56 * core_entries),
         ("fdt", tree_size),
     ]
-    if initrd_size:
-        wanted.append(("initrd", initrd_size))
+    if initrd.size:
+        wanted.append(("initrd", initrd.size))
     # Nothing but the purgatory's check reads the initrd with translation off. It goes lowest first like the rest, and so above
     # the RMA, where it goes unchecked, only when it does not fit below: K2's early allocations have a block of their own
     # (first_memblock_size, arch/powerpc/kernel/prom.c).
@@ -120,7 +120,6 @@ def plan_load(
     moves = table.moves(purgatory.start, checks)
     kept = keep(machine.memory, region, segments, moves, k2_memory)
     elfcorehdr = next(segment.range.start for segment in segments if segment.content == "elfcorehdr")
-    online = sum(cpu.online for cpu in machine.cpus)
     cmdline = f"{cmdline} elfcorehdr={elfcorehdr >> 10}K".strip()
     if (length := len(os.fsencode(cmdline)) + 1) > COMMAND_LINE_SIZE:
         raise PlanError(
@@ -146,8 +145,7 @@ def plan_load(
         k2_mapped=k2_mapped,
         kept=kept,
         notes=tuple(note for note in (machine.vmcoreinfo, *(cpu.note for cpu in machine.cpus)) if note is not None),
-        # pnv_kexec_cpu_down (arch/powerpc/platforms/powernv/setup.c) hands the other CPUs back to OPAL: none comes
-        slaves=0 if machine.platform == "powernv" else max(0, online - 1),
+        slaves=slaves_of(machine),
         # as long as K1 itself grants its CPUs to answer the crash IPI (IPI_TIMEOUT, arch/powerpc/kexec/crash.c)
         slave_timeout=10 * machine.timebase_hz,
         services=_reachable(machine.services, purgatory),
@@ -155,7 +153,35 @@ def plan_load(
         on_damage=on_damage,
     )
     check_plan(plan)
-    return plan
+    return replace(plan, hazards=assess(plan, machine, _estimate(machine, image, initrd, words, mmu, k2_memory)))
+
+
+def _estimate(
+    machine: Machine, image: KernelImage, initrd: Initrd, words: list[str], mmu: Mmu, k2_memory: RangeSet
+) -> Estimate:
+    """What K2 will need. Of its page size nothing is known but K1's, which distributions build it with too."""
+    pairs = (word.partition("=") for word in words)
+    limits = {key: int(value) for key, _, value in pairs if value.isdecimal() and len(value) < 9}
+    possible = min(len(machine.cpus), limits.get("nr_cpus", len(machine.cpus)))
+    return estimate(
+        image.span,
+        initrd,
+        k2_memory,
+        mmu,
+        machine.page_size or PAGE,
+        possible,
+        started=min(possible, limits.get("maxcpus", possible)),
+        k1_memory=machine.memory.total - (machine.reserved.size if machine.reserved else 0),
+        root=any(word.startswith("root=") for word in words),
+    )
+
+
+def slaves_of(machine: Machine) -> int:
+    """How many CPUs K1 sends to the purgatory besides the one that crashed.
+
+    On bare metal none: pnv_kexec_cpu_down (arch/powerpc/platforms/powernv/setup.c) hands them back to OPAL.
+    """
+    return 0 if machine.platform == "powernv" else max(0, sum(cpu.online for cpu in machine.cpus) - 1)
 
 
 @dataclass(frozen=True, slots=True)

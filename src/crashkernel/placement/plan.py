@@ -7,6 +7,7 @@ the dump afterwards reads here what the plan promised.
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
@@ -123,9 +124,9 @@ class LoadPlan:
 
         :raise PlanError: they do not lie in one piece, or are no memory of K1's.
         """
-        for kept in self.kept:
-            if kept.range.contains(wanted):
-                return kept.location + wanted.start - kept.range.start
+        index = bisect_right(self.kept, wanted.start, key=lambda kept: kept.range.start)
+        if index and (kept := self.kept[index - 1]).range.contains(wanted):
+            return kept.location + wanted.start - kept.range.start
         raise PlanError(f"K1's bytes at {wanted} do not stay in one piece")
 
     def stages(self) -> tuple[tuple[str, Layout], ...]:
@@ -362,18 +363,25 @@ def keep(
     :raise PlanError: bytes of K1 are lost, with their range.
     """
     layout = final_layout(memory, reserved, segments, moves)
+    found = sorted(
+        (
+            Kept(Range.sized(extent.origin + place.start - extent.location.start, place.size), place.start)
+            for extent in layout.locations()
+            for place in RangeSet([extent.location]) - k2_memory
+        ),
+        key=lambda each: (each.range.start, each.location),
+    )
     kept: list[Kept] = []
-    seen = RangeSet([])
-    for extent in layout.locations():
-        for place in RangeSet([extent.location]) - k2_memory:
-            origin = extent.origin + place.start - extent.location.start
-            for fresh in RangeSet([Range.sized(origin, place.size)]) - seen:
-                kept.append(Kept(fresh, place.start + fresh.start - origin))
-            seen |= RangeSet([Range.sized(origin, place.size)])
-    lost = (memory - RangeSet([reserved])) - seen
+    end = 0  # what lies below is kept already
+    for each in found:
+        start = max(each.range.start, end)
+        if start < each.range.end:
+            kept.append(Kept(Range(start, each.range.end), each.location + start - each.range.start))
+            end = each.range.end
+    lost = (memory - RangeSet([reserved])) - RangeSet(each.range for each in kept)
     if lost:
         raise PlanError(f"the moves lose K1's memory at {', '.join(str(r) for r in lost)}")
-    return tuple(sorted(kept, key=lambda k: k.range.start))
+    return tuple(kept)
 
 
 def describe_move(move: Move) -> str:

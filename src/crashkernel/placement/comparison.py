@@ -1,0 +1,130 @@
+"""Both placements and their variants side by side, for one machine and one capture kernel, and which of them to take."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from crashkernel.errors import PlanError
+from crashkernel.machine import Pages
+from crashkernel.memory import RangeSet, format_size
+from crashkernel.placement.cost import Cost, cost_of
+from crashkernel.placement.hazards import LARGEST_PAGE, quarantinable
+from crashkernel.placement.reservation import behind_k1
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from crashkernel.machine import Machine, PageUse
+    from crashkernel.placement.plan import HazardVerdict, LoadPlan, PlacementName
+
+_TAKEABLE: frozenset[PageUse] = frozenset(("free", "cache", "anonymous", "poisoned"))
+"""What soft offlining takes out of K1's hands: free pages, and those it can move (docs/answers.md has what was seen)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to do it. `plan` and `cost` are None when it cannot be done here; `obstacle` then says why."""
+
+    name: str
+    placement: PlacementName
+    idea: str
+    boot: str = ""  # what K1 is to be booted with first, "" for as it is
+    plan: LoadPlan | None = None
+    cost: Cost | None = None
+    obstacle: str = ""
+
+    @property
+    def verdicts(self) -> Counter[HazardVerdict]:
+        """How many checks came to each verdict."""
+        return Counter(hazard.verdict for hazard in self.plan.hazards) if self.plan else Counter()
+
+
+@dataclass(frozen=True, slots=True)
+class Recommendation:
+    """The variant to take, None when none can be, and why, a sentence each."""
+
+    variant: Variant | None
+    reasons: tuple[str, ...]
+
+
+def compare(machine: Machine, plan_on: Callable[[Machine, PlacementName], LoadPlan]) -> tuple[Variant, ...]:
+    """The variants on `machine`; `plan_on` makes the plan for a machine and a placement, all else being settled."""
+    return tuple(_worked_out(variant, on, plan_on, quarantine) for variant, on, quarantine in _variants(machine, plan_on))
+
+
+def _variants(
+    machine: Machine, plan_on: Callable[[Machine, PlacementName], LoadPlan]
+) -> Iterator[tuple[Variant, Machine, bool]]:
+    yield Variant("reserved", "reserved", "K2 runs in its region, where it is loaded"), machine, False
+    try:
+        out = quarantinable(plan_on(machine, "zero"), machine.page_size or LARGEST_PAGE)
+    except PlanError:
+        out = RangeSet([])
+    idea = "K2 changes places with K1; what K1 could hand out there is taken out of its hands"
+    yield Variant("zero", "zero", idea), _without(machine, out), True
+    yield Variant("zero, no quarantine", "zero", "K2 changes places with K1, as the mail had it"), machine, False
+    if machine.reserved is not None and machine.kernel_end:
+        region = behind_k1(machine, machine.reserved.size)
+        if region is not None:
+            boot = f"crashkernel={region.size >> 20}M@{region.start >> 20}M"
+            idea = "the mail's other fix: the region begins where K1 ends, and K2 is let grow into it"
+            yield Variant("zero, right behind K1", "zero", idea, boot), _without(machine.booted_with(region), out), True
+
+
+def _worked_out(
+    variant: Variant, machine: Machine, plan_on: Callable[[Machine, PlacementName], LoadPlan], quarantine: bool
+) -> Variant:
+    try:
+        plan = plan_on(machine, variant.placement)
+    except PlanError as error:
+        return replace(variant, obstacle=str(error))
+    return replace(variant, plan=plan, cost=cost_of(plan, machine.page_size or LARGEST_PAGE, quarantine=quarantine))
+
+
+def _without(machine: Machine, out: RangeSet) -> Machine:
+    """`machine` as it will be once what can be had of `out` is out of K1's hands."""
+    takeable = RangeSet(piece.range for piece in machine.pages if piece.use in _TAKEABLE)
+    return machine.held_by(Pages(part, "poisoned") for part in takeable & out)
+
+
+def recommend(variants: tuple[Variant, ...]) -> Recommendation:
+    """The variant with the fewest dangers; then the fewest unknowns, no reboot, the least memory, the shortest handover."""
+    possible = [v for v in variants if v.cost is not None and not v.verdicts["impossible"]]
+    if not possible:
+        return Recommendation(None, tuple(f"{v.name}: {v.obstacle or _worst(v)}" for v in variants))
+    best = min(possible, key=_rank)
+    return Recommendation(best, tuple(_reasons(best, [v for v in variants if v is not best])))
+
+
+def _rank(variant: Variant) -> tuple[int, ...]:
+    assert variant.cost is not None  # only what is possible is ranked
+    found = variant.verdicts
+    return found["dangerous"], found["unknown"], bool(variant.boot), variant.cost.memory, variant.cost.instructions
+
+
+def _reasons(best: Variant, others: list[Variant]) -> Iterator[str]:
+    assert best.plan is not None
+    assert best.cost is not None
+    dangers = [hazard.title for hazard in best.plan.hazards if hazard.verdict == "dangerous"]
+    yield f"{best.name}: " + (f"the dangers left are {', '.join(dangers)}." if dangers else "no check found a danger.")
+    for other in others:
+        if other.plan is None or other.cost is None:
+            yield f"{other.name}: cannot be done here: {other.obstacle}"
+            continue
+        more = [h.title for h in other.plan.hazards if h.verdict in ("dangerous", "impossible") and h.title not in dangers]
+        if more:
+            yield f"{other.name}: adds {', '.join(more)}."
+        elif other.cost.memory > best.cost.memory:
+            yield f"{other.name}: takes {format_size(other.cost.memory - best.cost.memory)} more of K1's memory."
+        elif other.boot:
+            yield f"{other.name}: needs a reboot with {other.boot}, and gains nothing for it."
+        else:
+            times = other.cost.instructions / max(1, best.cost.instructions)
+            yield f"{other.name}: as safe, and its handover takes {times:.2f} times the instructions."
+
+
+def _worst(variant: Variant) -> str:
+    assert variant.plan is not None
+    return "; ".join(f"{h.title}: {h.reason}" for h in variant.plan.hazards if h.verdict == "impossible")
