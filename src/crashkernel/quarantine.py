@@ -123,6 +123,15 @@ def take(ranges: RangeSet, page_size: int, root: Path = _HOST, progress: Progres
         return Quarantine(RangeSet(), read_pages(root, wanted, page_size), str(obstacle))
 
 
+def again(root: Path = _HOST, progress: Progress | None = None) -> Quarantine | None:
+    """Ask once more for what `take` could not get: pages change hands. None when there is no quarantine."""
+    try:
+        record = _read_record(root)
+    except _Obstacle as obstacle:
+        return Quarantine(RangeSet(), (), str(obstacle))
+    return None if record is None else take(record.asked, record.page_size, root, progress)
+
+
 def status(root: Path = _HOST) -> Quarantine | None:
     """What is in quarantine at present, and who holds the rest of what was to be; None when there is no quarantine."""
     try:

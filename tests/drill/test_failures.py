@@ -53,7 +53,11 @@ def test_k2_that_dies_before_its_console_is_quoted_from_its_memory(tmp_path):
         check=False,
     )
     assert done.returncode == 1
-    failure = json.loads(results.read_text())["drills"][0]["failure"]
+    drill = json.loads(results.read_text())["drills"][0]
+    failure = drill["failure"]
+    # the plan had said so
+    said = {hazard["name"]: hazard["verdict"] for hazard in drill["plan"]["hazards"]}
+    assert said["early-allocator"] == said["room"] == "dangerous"
     assert failure["stage"] == "K2 boot"
     assert "its log says: Kernel panic - not syncing: early_alloc_pgtable: Failed to allocate" in failure["message"]
     assert "raise crashkernel=" in failure["likely"]

@@ -245,13 +245,35 @@ class TestCrashImage:
 
     def test_the_scenario(self, build):
         entries = build(load_args=("--placement=zero", "--append=console=hvc0 quiet"))
-        assert entries["etc/crashkernel/scenario"].data == b"LOADER=crashkernel\n"
+        assert entries["etc/crashkernel/scenario"].data == b"LOADER=crashkernel\nTASK=crash\nDRIVER=none\n"
         assert entries["etc/crashkernel/load-args"].data == b"--placement=zero\n--append=console=hvc0 quiet\n"
         assert "sbin/kexec" not in entries
 
+    def test_a_machine_that_is_only_described_needs_no_capture_image(self, kernel, capture_kernel, userland, package, tmp_path):
+        image = build_crash_image(
+            kernel, capture_kernel, None, userland, tmp_path / "k1.cpio", nonce=NONCE, task="describe", package=package
+        )
+        entries = read(image)
+        assert b"TASK=describe\n" in entries["etc/crashkernel/scenario"].data
+        assert "boot/initrd" not in entries
+
+    @pytest.mark.parametrize("driver", ["none", "late", "early"])
+    def test_the_driver_is_in_it_when_there_is_to_be_one(self, build, driver):
+        entries = build(driver=driver)
+        assert f"DRIVER={driver}\n".encode() in entries["etc/crashkernel/scenario"].data
+        assert ("usr/lib/crashkernel/driver.py" in entries) == (driver != "none")
+
+    def test_the_dying_kernel_finds_its_own_file_if_it_is_the_same(
+        self, kernel, capture_image, userland, package, tmp_path, build
+    ):
+        assert "boot/vmlinux-6.1" not in build(), "the capture kernel is another"
+        output = tmp_path / "same.cpio"
+        entries = read(build_crash_image(kernel, kernel, capture_image, userland, output, nonce=NONCE, package=package))
+        assert entries["boot/vmlinux-6.1"].data == b"vmlinux"
+
     def test_the_peer(self, build):
         entries = build(loader="kexec-tools", append="console=hvc0")
-        assert entries["etc/crashkernel/scenario"].data == b"LOADER=kexec-tools\n"
+        assert entries["etc/crashkernel/scenario"].data == b"LOADER=kexec-tools\nTASK=crash\nDRIVER=none\n"
         assert entries["etc/crashkernel/append"].data == b"console=hvc0"
         assert entries["sbin/kexec"].mode == stat.S_IFREG | 0o755
 

@@ -21,9 +21,9 @@ from crashkernel.placement.image import KernelImage
 if TYPE_CHECKING:
     from crashkernel.machine import Machine
     from crashkernel.placement.plan import LoadPlan
-    from crashkernel.quarantine import Released
+    from crashkernel.quarantine import Quarantine, Released
 
-COMMANDS = ("load", "status", "unload")
+COMMANDS = ("load", "status", "unload", "quarantine")
 
 _LOAD_EPILOG = """examples:
   crashkernel load                                  K2 is this host's own kernel, in the reserved region
@@ -37,6 +37,18 @@ asked for in request.json beside it for --refresh. The kernel frees the old capt
 in; `load` says how long that took.
 """
 
+_QUARANTINE_EPILOG = """Pages change hands: what the loader, a slab or a driver held may be free now. Run it after `load`, and
+from a timer. Who still holds what is in the output.
+
+examples:
+  crashkernel load --placement zero; crashkernel quarantine
+
+exit status:
+  0   K1 can hand out none of K2's memory at zero
+  1   some pages are still held, and may be handed out again when they are let go
+  3   there is no quarantine: nothing is loaded at zero
+"""
+
 _STATUS_EPILOG = """exit status:
   0   loaded, and the machine is the one it was loaded for
   1   loaded, but CPUs or memory have changed since: run `crashkernel load --refresh`
@@ -45,7 +57,7 @@ _STATUS_EPILOG = """exit status:
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the three commands to the parser."""
+    """Add the four commands to the parser."""
     load = add_command(commands, "load", "load the capture kernel into the reserved region", _LOAD_EPILOG)
     choices.add_placement(load)
     choices.add_capture_kernel(load)
@@ -69,6 +81,14 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
     unload = add_command(commands, "unload", "take the capture kernel out again")
     unload.set_defaults(run=_unload)
+
+    sweep = add_command(
+        commands,
+        "quarantine",
+        "take out of K1's hands what a load at zero could not get",
+        _QUARANTINE_EPILOG,
+    )
+    sweep.set_defaults(run=_sweep)
 
 
 def _load(arguments: argparse.Namespace) -> int:
@@ -129,17 +149,31 @@ def _write_plan(arguments: argparse.Namespace, plan: LoadPlan) -> None:
         write(arguments.plan_out, plan.to_json() + "\n", "--plan-out")
 
 
-def _quarantined(wanted: RangeSet, machine: Machine) -> Machine:
-    """`machine` with what can be had of `wanted` taken out of K1's hands."""
-    result = quarantine.take(wanted, machine.page_size, progress=_progress)
+def _sweep(arguments: argparse.Namespace) -> int:
+    del arguments
+    result = quarantine.again(progress=_progress)
+    if result is None:
+        raise EnvironmentFault("there is no quarantine", hint="load with --placement zero first")
+    _tell_quarantined(result)
+    return 1 if result.held or result.reason else 0
+
+
+def _tell_quarantined(result: Quarantine) -> None:
+    held = sum(piece.range.size for piece in result.held)
     print(
-        f"quarantine: of {format_size(wanted.total)} of K2's memory that K1 could hand out, {format_size(result.taken.total)} "
-        "are out of its hands (HardwareCorrupted in /proc/meminfo counts them; nothing is broken)"
+        f"quarantine: {format_size(result.taken.total)} of the {format_size(result.taken.total + held)} of K2's memory that K1 "
+        "could hand out are out of its hands (HardwareCorrupted in /proc/meminfo counts them; nothing is broken)"
     )
     if result.held:
         print(f"  not to be had: {_holders(result.held)}")
     if result.reason:
         _complain(f"quarantine: {result.reason}")
+
+
+def _quarantined(wanted: RangeSet, machine: Machine) -> Machine:
+    """`machine` with what can be had of `wanted` taken out of K1's hands."""
+    result = quarantine.take(wanted, machine.page_size, progress=_progress)
+    _tell_quarantined(result)
     return machine.held_by([*(Pages(part, "poisoned") for part in result.taken), *result.held])
 
 

@@ -1,4 +1,4 @@
-"""drill, matrix, bench drill, big-endian: for the engineer's machine, with QEMU and this package's `drill` extra."""
+"""drill, describe-twin, matrix, bench drill, big-endian: for the engineer's machine, with QEMU and the `drill` extra."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from crashkernel.cli.command import add_command
+from crashkernel.cli.command import add_command, write
+from crashkernel.drill.dma import REGIONS, WHENS, Dma, report_lines
 from crashkernel.drill.twin import CPUS, MACHINES, MMUS, Twin
 from crashkernel.errors import CrashkernelError, EnvironmentFault, StageFailed, UsageError
 from crashkernel.memory import parse_size
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from rich.status import Status
 
     from crashkernel.drill.debian import Kernel
+    from crashkernel.drill.dma import DmaReport
     from crashkernel.drill.guest import Userland
     from crashkernel.drill.scenario import Outcome, Scenario, Stage
     from crashkernel.drill.verdict import Verdict
@@ -41,18 +43,26 @@ _DRILL_EPILOG = """examples:
   crashkernel drill --kernel ./vmlinux              your own kernel; modules in ../lib/modules/RELEASE
   crashkernel drill --cpu POWER8 --smp 2 --memory 4G --crashkernel 256M@128M
   crashkernel drill --flip initrd                   is a damaged initramfs noticed at the panic?
+  crashkernel drill --dma init,data                 and if a device goes on writing when K1 is dead?
+  crashkernel drill --dma init --no-quarantine      the same, into pages that a load takes away from K1
   crashkernel drill --judge out                     judge a kept drill once more
 
 A drill boots K1 in QEMU, loads K2 with `crashkernel load`, crashes K1, stops the twin at the purgatory's
 first instruction to copy its memory from outside, lets K2 save /proc/vmcore, and compares every byte of
 K1's memory. The first run downloads Debian packages (about 60 MB a kernel) and keeps them.
 
+With --dma the host writes into the twin's memory like a device that nobody stopped, into K1's
+  text, data    some pages of K1's static image          image     K2's image where it waits
+  init, slack   pages that K1 gave out to a driver,      reserved  anywhere in the reserved region
+                of its freed init, behind its image      memory    pages of K1 anywhere
+What differs in the device's own buffers is counted apart; all else must be right.
+
 exit status: 0 every drill passed, 1 one failed, 2 usage, 3 this machine lacks something
 """
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add drill, matrix and big-endian to the parser."""
+    """Add drill, describe-twin, matrix and big-endian to the parser."""
     drill = add_command(
         commands,
         "drill",
@@ -78,10 +88,30 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     drill.add_argument(
         "--on-damage", choices=DAMAGE_POLICIES, default="reboot", help="then, as for `crashkernel load` (default: %(default)s)"
     )
+    drill.add_argument(
+        "--dma", metavar="REGION,...", help=f"a device goes on writing there when K1 is dead: {', '.join(REGIONS)}"
+    )
+    drill.add_argument("--dma-rate", type=int, metavar="N", help="writes a second (default: 1000)")
+    drill.add_argument("--dma-when", choices=WHENS, help="during the handover, K2's life, or both (default: both)")
+    drill.add_argument("--seed", type=int, metavar="N", help="of the device's targets and writes (default: 0)")
+    drill.add_argument("--no-quarantine", action="store_true", help="as for `crashkernel load`")
     drill.add_argument("--keep", type=Path, metavar="DIR", help="leave dump, truth, plan and console in DIR/PLACEMENT")
     drill.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON ('-' for standard output)")
     drill.add_argument("--judge", type=Path, metavar="DIR", help="run nothing: judge the drill kept in DIR again")
     drill.set_defaults(run=_drill)
+
+    describe = add_command(
+        commands,
+        "describe-twin",
+        "write down a virtual twin, to plan for it without booting it",
+        "example:\n  crashkernel describe-twin --cpu POWER8 --memory 4G --out twin.json\n"
+        "  crashkernel plan --machine twin.json --kernel vmlinux",
+        description="Boot K1 on a twin and have `crashkernel describe` run there.",
+    )
+    describe.add_argument("--kernel", default="debian:bookworm", metavar="KERNEL", help="K1 (default: %(default)s)")
+    _add_twin(describe)
+    describe.add_argument("--out", type=Path, metavar="FILE", help="default: standard output")
+    describe.set_defaults(run=_describe_twin)
 
     matrix = add_command(
         commands,
@@ -139,6 +169,7 @@ def _drill(arguments: argparse.Namespace) -> int:
         require_writable(arguments.json)
     if arguments.keep is not None:
         require_keepable(arguments.keep)
+    dma = _dma(arguments)
     placements = PLACEMENTS if arguments.placement == "both" else (cast("PlacementName", arguments.placement),)
     display = _Display(to_stderr=str(arguments.json) == "-")
     with terminable():
@@ -154,10 +185,44 @@ def _drill(arguments: argparse.Namespace) -> int:
                 scenario = Scenario(
                     twin, kernel, kernel, placement, keep,
                     all_cpus=arguments.all_cpus, flip=arguments.flip, on_damage=arguments.on_damage,
+                    dma=dma, quarantine=not arguments.no_quarantine,
                 )  # fmt: skip
                 outcomes.append(_run(scenario, userland, display))
     _write_json(arguments.json, outcomes)
     return 0 if all(outcome.passed for outcome in outcomes) else 1
+
+
+def _dma(arguments: argparse.Namespace) -> Dma | None:
+    given = {
+        name: value
+        for name, value in (("rate", arguments.dma_rate), ("when", arguments.dma_when), ("seed", arguments.seed))
+        if value is not None
+    }
+    if arguments.dma is None:
+        if given:
+            raise UsageError("--dma-rate, --dma-when and --seed say how a device writes, not where", hint="add --dma REGION")
+        return None
+    if arguments.flip is not None:
+        raise UsageError("--dma and --flip both damage memory: what was seen would tell of neither", hint="give one of them")
+    return Dma(tuple(dict.fromkeys(name.strip() for name in arguments.dma.split(",") if name.strip())), **given)
+
+
+def _describe_twin(arguments: argparse.Namespace) -> int:
+    require_extra("numpy", "qemu", "rich")
+    from crashkernel.drill.scenario import describe_twin  # noqa: PLC0415
+
+    twin = _twin(arguments)
+    display = _Display(to_stderr=True)
+    with terminable():
+        ((kernel, userland),) = _prepare([arguments.kernel], display)
+        display.title(f"{kernel.name} on {twin.title}")
+        with display.drill("describe") as tell:
+            text = describe_twin(twin, kernel, userland, tell)
+    if arguments.out is None:
+        print(text, end="")
+    else:
+        write(arguments.out, text, "--out")
+    return 0
 
 
 def _judge(directory: Path) -> int:
@@ -374,7 +439,7 @@ class _Display:
 
     def outcome(self, outcome: Outcome) -> None:
         """The report of one drill."""
-        placement = outcome.scenario.placement
+        placement = outcome.scenario.placement + ("" if outcome.scenario.quarantine else ", no quarantine")
         failure = outcome.failure
         if outcome.passed:
             self.line(f"{placement}: PASS in {outcome.seconds:.1f} s", style="bold green")
@@ -391,8 +456,15 @@ class _Display:
             self.line(f"  console | {outcome.told}", style="dim")
         if outcome.verdict is not None:
             self.verdict(outcome.verdict)
+        if outcome.dma is not None:
+            self.dma(outcome.dma)
         if outcome.dump is not None:
             self.line(f"  kept in {outcome.dump.parent}")
+
+    def dma(self, report: DmaReport) -> None:
+        """What the rogue device did."""
+        for line in report_lines(report):
+            self.line(f"  dma: {line}")
 
     def verdict(self, verdict: Verdict) -> None:
         """The evidence."""
@@ -411,6 +483,8 @@ class _Display:
             self.line(
                 f"  wrong: {wrong.range}, {wrong.wrong:,} bytes: {wrong.what}" + (f" ({wrong.note})" if wrong.note else "")
             )
+        if verdict.bytes_in_device_buffers:
+            self.line(f"  in the device's own buffers, as on any machine: {verdict.bytes_in_device_buffers:,} bytes differ")
         for problem in verdict.problems:
             self.line(f"  problem: {problem}")
         for what, changed in Counter(

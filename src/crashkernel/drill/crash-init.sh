@@ -10,15 +10,20 @@
 #   plan BYTES        exactly BYTES bytes of JSON follow, the loader's plan (not with kexec-tools)
 #   loaded UPTIME     the capture kernel is loaded
 #   armed UPTIME      the nonce is in memory; the next word is the host's
+#   buffer NAME RANGE, driving PAGES SIZE
+#                     of the driver: see guest_driver.py
+#   description BYTES exactly BYTES bytes of JSON follow, the machine's description
 #   failed REASON     a number: the loader's exit status; else words. Nothing else follows
 #
 # and the host answers
 #
-#   crash             die now
+#   driver ARGUMENT...  have the driver take its buffers and keep them
+#   crash               die now
 #
 # What to do is in /etc/crashkernel, written by the image's builder (guest.py):
 #
-#   scenario          LOADER=crashkernel or LOADER=kexec-tools
+#   scenario          LOADER=crashkernel or LOADER=kexec-tools; TASK=crash, or TASK=describe: only describe this machine;
+#                     DRIVER=none, late (it waits for the host) or early (it holds memory while the modules are loaded, too)
 #   load-args         the loader's arguments, one a line
 #   append            the capture kernel's command line, for kexec-tools
 #   modules           kernel modules in the order to load them
@@ -28,9 +33,26 @@
 export PATH=/bin:/sbin:/usr/bin
 
 . /etc/crashkernel/common.sh
+. /etc/crashkernel/scenario
 mount -t tmpfs tmpfs /tmp
 up=$(uptime)
-open_port
+export PYTHONPATH=/usr/lib/crashkernel PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+driver() { exec python3.11 -S $PYTHONPATH/driver.py "$@" 2>/dev/console; }
+
+# K1 gives the first who asks the memory it has just freed, its init section's, and the modules would never give it back:
+# until they are in, a driver of which nothing will be left has it.
+if [ "$DRIVER" = early ]; then
+    driver early /tmp/held &
+    while [ ! -e /tmp/held ] && kill -0 $!; do
+        sleep 0.1
+    done
+    open_port
+    [ -e /tmp/held ] || fail "the driver holds nothing"
+    kill $!
+    wait $!
+else
+    open_port
+fi
 
 say "k1-up $up"
 
@@ -51,8 +73,10 @@ for node in $tree/reserved-memory/*@*; do
     [ ! -e "$node/reg" ] || region "${name%@*}" "$node/reg"
 done
 
-LOADER=crashkernel
-. /etc/crashkernel/scenario
+# the same as -m crashkernel, a sixth of a second sooner on an emulated CPU
+crashkernel() {
+    python3.11 -S -c 'import sys; from crashkernel.cli import main; sys.exit(main())' "$@"
+}
 
 load() {
     case $LOADER in
@@ -61,9 +85,7 @@ load() {
         while IFS= read -r argument; do
             set -- "$@" "$argument"
         done </etc/crashkernel/load-args
-        export PYTHONPATH=/usr/lib/crashkernel PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
-        # the same as -m crashkernel, a sixth of a second sooner on an emulated CPU
-        python3.11 -S -c 'import sys; from crashkernel.cli import main; sys.exit(main())' load "$@" --plan-out /tmp/plan.json
+        crashkernel load "$@" --plan-out /tmp/plan.json
         ;;
     kexec-tools)
         kexec -p /boot/vmlinux --initrd=/boot/initrd --append="$(cat /etc/crashkernel/append)"
@@ -75,21 +97,32 @@ load() {
     esac
 }
 
-# The loader must not hold the port: it gets a pipe, and its exit status comes by a file.
-(
-    load </dev/null 2>&1 3>&-
-    echo $? >/tmp/status
-) | while IFS= read -r line; do
-    say "log $line"
-done
-read -r status </tmp/status
-[ "$status" = 0 ] || fail "$status"
+# A command must not hold the port: it gets a pipe, and its exit status comes by a file.
+logged() {
+    (
+        "$@" </dev/null 2>&1 3>&-
+        echo $? >/tmp/status
+    ) | while IFS= read -r line; do
+        say "log $line"
+    done
+    read -r status </tmp/status
+    [ "$status" = 0 ] || fail "$status"
+}
 
-if [ "$LOADER" = crashkernel ]; then
-    size=$(stat -c %s /tmp/plan.json) || fail "the loader wrote no plan"
-    say "plan $size"
-    cat /tmp/plan.json >&3
+send() {
+    size=$(stat -c %s "$2") || fail "there is no $2"
+    say "$1 $size"
+    cat "$2" >&3
+}
+
+if [ "$TASK" = describe ]; then
+    logged crashkernel describe --out /tmp/machine.json
+    send description /tmp/machine.json
+    finish
 fi
+
+logged load
+[ "$LOADER" != crashkernel ] || send plan /tmp/plan.json
 read -r crash_loaded </sys/kernel/kexec_crash_loaded
 [ "$crash_loaded" = 1 ] || fail "the loader exited with 0, but /sys/kernel/kexec_crash_loaded is $crash_loaded"
 say "loaded $(uptime)"
@@ -98,10 +131,23 @@ say "loaded $(uptime)"
 # in a dump means finding memory written after the start.
 cat /etc/crashkernel/nonce.0 /etc/crashkernel/nonce.1 >/tmp/nonce
 
+# What the loader itself held of these pages it gave up when it ended, and so did the first sweep.
+if [ "$DRIVER" != none ] && [ -e /run/crashkernel/quarantine.json ]; then
+    for sweep in 1 2; do
+        crashkernel quarantine </dev/null 2>&1 3>&- | while IFS= read -r line; do
+            say "log $line"
+        done
+    done
+fi
+
 say "armed $(uptime)"
-while read -r word <&3; do
-    [ "$word" = crash ] && break
-    say "log unknown command: $word"
+while read -r word arguments <&3; do
+    case $word in
+    crash) break ;;
+    # its lines go straight to the host; what it holds it holds until the crash
+    driver) ( (driver $arguments >&3) || fail "the driver ended: exit $?") & ;;
+    *) say "log unknown command: $word" ;;
+    esac
 done
 [ "$word" = crash ] || fail "the host hung up"
 

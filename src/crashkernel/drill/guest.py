@@ -32,6 +32,8 @@ from crashkernel.errors import EnvironmentFault, UsageError
 from crashkernel.formats import cpio
 
 Loader = Literal["crashkernel", "kexec-tools"]
+Task = Literal["crash", "describe"]
+Driver = Literal["none", "late", "early"]
 
 USERLAND_SUITE = "bookworm"  # the last release with Python 3.11, the oldest this package runs on
 GUEST_PYTHON = "python3.11"
@@ -280,9 +282,8 @@ def _script(name: str) -> bytes:
     return (Path(__file__).parent / name).read_bytes()
 
 
-def _base(userland: Userland, init: str, applets: Sequence[str], modules: Sequence[Module]) -> _Root:
+def _add_base(root: _Root, userland: Userland, init: str, applets: Sequence[str], modules: Sequence[Module]) -> None:
     """What both guests have: busybox and its links, the mount points, the modules, /init."""
-    root = _Root()
     for directory in ("proc", "sys", "dev", "tmp"):
         root.directory(directory)
     # The kernel opens it for init before anybody can mount devtmpfs (init/main.c, console_on_rootfs).
@@ -295,7 +296,6 @@ def _base(userland: Userland, init: str, applets: Sequence[str], modules: Sequen
         root.file(f"modules/{module.name}.ko", module.data)
     root.file("etc/crashkernel/common.sh", _script("guest-common.sh"))
     root.file("init", _script(init), 0o755)
-    return root
 
 
 def build_capture_image(kernel: Kernel, userland: Userland, output: Path) -> Path:
@@ -304,17 +304,21 @@ def build_capture_image(kernel: Kernel, userland: Userland, output: Path) -> Pat
     :raise EnvironmentFault: `kernel` lacks a module that the guest needs.
     """
     modules = resolve_modules(kernel, CAPTURE_MODULES)
-    return _base(userland, "capture-init.sh", CAPTURE_APPLETS, modules).write(output)
+    root = _Root()
+    _add_base(root, userland, "capture-init.sh", CAPTURE_APPLETS, modules)
+    return root.write(output)
 
 
 def build_crash_image(
     kernel: Kernel,
     capture_kernel: Kernel,
-    capture_image: Path,
+    capture_image: Path | None,
     userland: Userland,
     output: Path,
     *,
     nonce: bytes,
+    task: Task = "crash",
+    driver: Driver = "none",
     loader: Loader = "crashkernel",
     load_args: Sequence[str] = (),
     append: str = "",
@@ -322,9 +326,12 @@ def build_crash_image(
 ) -> Path:
     """The dying kernel's root file system, for `kernel`, written to `output`.
 
-    It finds the capture kernel as ``/boot/vmlinux`` and its root file system as ``/boot/initrd``. `load_args` go to
-    ``crashkernel load`` (which is also told ``--plan-out``), `append` to kexec-tools. `nonce` is planted before the
-    crash. `package` is the directory of the package to run, this one when not given.
+    It finds the capture kernel as ``/boot/vmlinux`` and its root file system as ``/boot/initrd``, and its own kernel, if that
+    is the same, as ``/boot/vmlinux-RELEASE`` too. `load_args` go to ``crashkernel load`` (which is also told
+    ``--plan-out``), `append` to kexec-tools. `nonce` is planted before the crash. `package` is the directory of the package
+    to run, this one when not given. With the task `describe` it only runs ``crashkernel describe`` and ends. With
+    a `driver` it takes buffers when the host says so; an `early` one has had K1's freed init section before, until K1's
+    modules are loaded.
 
     :raise UsageError: a nonce of another size than `NONCE_SIZE`, or a line break in an argument.
     :raise EnvironmentFault: `kernel` lacks a module that the guest needs, or `userland` the loader.
@@ -333,14 +340,21 @@ def build_crash_image(
         raise UsageError(f"a nonce has {NONCE_SIZE} bytes, not {len(nonce)}")
     if any("\n" in text for text in (*load_args, append)):
         raise UsageError("an argument of the loader must not have a line break")
-    root = _base(userland, "crash-init.sh", CRASH_APPLETS, resolve_modules(kernel, CRASH_MODULES))
-    root.file("etc/crashkernel/scenario", f"LOADER={loader}\n".encode())
+    root = _Root()
+    # Unpacked first, it gets the lowest free memory, right behind the kernel, which a driver can have once it is loaded.
+    root.copy("boot/vmlinux", capture_kernel.vmlinux)
+    _add_base(root, userland, "crash-init.sh", CRASH_APPLETS, resolve_modules(kernel, CRASH_MODULES))
+    root.file("etc/crashkernel/scenario", f"LOADER={loader}\nTASK={task}\nDRIVER={driver}\n".encode())
     root.file("etc/crashkernel/load-args", "".join(f"{argument}\n" for argument in load_args).encode())
     root.file("etc/crashkernel/append", append.encode())
     root.file("etc/crashkernel/nonce.0", nonce[: NONCE_SIZE // 2])
     root.file("etc/crashkernel/nonce.1", nonce[NONCE_SIZE // 2 :])
-    root.copy("boot/vmlinux", capture_kernel.vmlinux)
-    root.copy("boot/initrd", capture_image)
+    if capture_kernel.vmlinux == kernel.vmlinux:
+        root.symlink(f"boot/vmlinux-{kernel.name}", "vmlinux")  # where the machine's reader looks for K1's own file
+    if capture_image is not None:
+        root.copy("boot/initrd", capture_image)
+    if driver != "none":
+        root.file(str(GUEST_PACKAGE_ROOT / "driver.py"), _script("guest_driver.py"))
     _add_python(root, userland)
     _add_package(root, package or Path(crashkernel.__file__).parent)
     if loader == "kexec-tools":

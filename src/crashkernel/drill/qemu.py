@@ -166,6 +166,7 @@ class RunningTwin:
         self._panicked = asyncio.Event()
         self.regions: dict[str, list[Range]] = {}  # what K1's kernel says of its memory
         self.spoke = asyncio.Event()  # set by each line on the console
+        self.on_sound: Callable[[], None] | None = None  # called for each line on the console or the control port
         self._log = log
         self._control: tuple[asyncio.StreamReader, asyncio.StreamWriter]
         self._qmp: QMPClient
@@ -230,6 +231,8 @@ class RunningTwin:
         raw = reading.result()
         if not raw:
             raise EOFError("the twin ended")
+        if self.on_sound:
+            self.on_sound()
         return raw.decode("utf-8", "replace").rstrip("\n")
 
     async def exactly(self, size: int) -> bytes:
@@ -247,13 +250,23 @@ class RunningTwin:
 
     async def in_real_mode_at(self, address: int) -> bool:
         """Whether a stopped CPU is about to execute physical `address` with translation off."""
-        count = len(await self._command("query-cpus-fast"))
-        for cpu in range(count):
+        return any(nip == address and not msr & _MSR_IR for nip, msr in await self._standing())
+
+    async def whereabouts(self) -> str:
+        """Where each CPU is, for people, as far as QEMU answers."""
+        places = []
+        with contextlib.suppress(QMPError):
+            places = [f"CPU {number} is at {nip:#x}" for number, (nip, _) in enumerate(await self._standing())]
+        return ", ".join(places) or "QEMU does not say where its CPUs are"
+
+    async def _standing(self) -> list[tuple[int, int]]:
+        """NIP and MSR of each CPU, in the order of their numbers."""
+        places = []
+        for cpu in range(len(await self._command("query-cpus-fast"))):
             text = await self._command("human-monitor-command", {"command-line": "info registers", "cpu-index": cpu})
-            found = re.search(r"NIP ([0-9a-f]+).*?MSR ([0-9a-f]+)", str(text), re.DOTALL)
-            if found and int(found[1], 16) == address and not int(found[2], 16) & _MSR_IR:
-                return True
-        return False
+            if found := re.search(r"NIP ([0-9a-f]+).*?MSR ([0-9a-f]+)", str(text), re.DOTALL):
+                places.append((int(found[1], 16), int(found[2], 16)))
+        return places
 
     async def quit(self) -> None:
         """End QEMU in good order: its disks are flushed."""
@@ -272,6 +285,8 @@ class RunningTwin:
                 line = raw.decode("utf-8", "replace").strip("\r\n")
                 self.console.append(line)
                 self.spoke.set()
+                if self.on_sound:
+                    self.on_sound()
                 if "Kernel panic - not syncing" in line:
                     self.panics.append(line)
                     if len(self.panics) > self.panics_expected:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from crashkernel.drill.guest_driver import ELSEWHERE
 from crashkernel.drill.verdict import Truth, Verdict, judge
 from crashkernel.errors import FormatError, UsageError
 from crashkernel.machine import Region
-from crashkernel.memory import Range
+from crashkernel.memory import Range, RangeSet
 from crashkernel.placement.plan import LoadPlan
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
+    from crashkernel.drill.dma import DmaReport
     from crashkernel.drill.scenario import Outcome
 
 DUMP, TRUTH, PLAN, CONSOLE, EVIDENCE = "vmcore", "truth", "plan.json", "console.log", "evidence.json"
@@ -28,6 +31,8 @@ def outcome_record(outcome: Outcome) -> dict[str, Any]:
         "placement": outcome.scenario.placement,
         "verdict": "PASS" if outcome.passed else "FAIL",
         **verdict_record(verdict),
+        "quarantine": outcome.scenario.quarantine,
+        "dma": None if outcome.dma is None else dma_record(outcome.dma),
         "flipped": outcome.scenario.flip,
         "told": outcome.told,
         "failure": None
@@ -49,6 +54,7 @@ def verdict_record(verdict: Verdict) -> dict[str, Any]:
         "bytes_compared": verdict.bytes_compared,
         "bytes_wrong": verdict.bytes_wrong,
         "bytes_missing": verdict.bytes_missing,
+        "bytes_in_device_buffers": verdict.bytes_in_device_buffers,
         "wrong_ranges": [
             {"range": str(wrong.range), "wrong": wrong.wrong, "what": wrong.what, "note": wrong.note}
             for wrong in verdict.wrong_ranges
@@ -59,6 +65,38 @@ def verdict_record(verdict: Verdict) -> dict[str, Any]:
         "panic_found": verdict.panic_found,
         "registers_ok": verdict.registers_ok,
         "problems": verdict.problems,
+    }
+
+
+def dma_record(report: DmaReport) -> dict[str, Any]:
+    """What the rogue device was aimed at, did and caused; addresses as in the plan."""
+
+    def strings(ranges: Iterable[Range]) -> list[str]:
+        return [str(each) for each in ranges]
+
+    return {
+        "rate": report.dma.rate,
+        "when": report.dma.when,
+        "seed": report.dma.seed,
+        "regions": [
+            {
+                "name": name,
+                "where": strings(report.wanted.get(name, ())),
+                "targets": strings(report.targets.get(name, ())),
+                "plan_had_said": None
+                if (hazard := report.hazards.get(name)) is None
+                else {"hazard": hazard.name, "verdict": hazard.verdict, "reason": hazard.reason},
+            }
+            for name in report.dma.regions
+        ],
+        "elsewhere": strings(report.targets.get(ELSEWHERE, ())),
+        "pages_looked_at": report.pages_looked_at,
+        "page_size": report.page_size,
+        "writes": report.writes,
+        "bytes_written": report.bytes_written,
+        "writes_into_k2": report.writes_into_k2,
+        "writes_by_page": {hex(page): count for page, count in sorted(report.per_page.items())},
+        "effect": report.effect,
     }
 
 
@@ -75,6 +113,7 @@ def evidence_json(truth: Truth) -> str:
             "crashed_pid": truth.crashed_pid,
             "cpus": truth.cpus,
             "firmware": [{"name": region.name, "range": str(region.range)} for region in truth.firmware],
+            "device_buffers": [str(each) for each in truth.device_buffers],
         },
         indent=1,
     )
@@ -99,6 +138,7 @@ def judge_kept(directory: Path) -> Verdict:
             crashed_pid=int(raw["crashed_pid"]),
             cpus=int(raw["cpus"]),
             firmware=tuple(Region(str(r["name"]), _range(r["range"])) for r in raw["firmware"]),
+            device_buffers=RangeSet(_range(each) for each in raw["device_buffers"]),
         )
         return judge(directory / DUMP, truth, plan)
     except OSError as error:

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from crashkernel.drill.dma import (
+    REGIONS,
+    Dma,
+    DmaReport,
+    RogueDevice,
+    choose_targets,
+    driver_command,
+)
 from crashkernel.drill.guest import NONCE_SIZE, Loader, Userland, build_capture_image, build_crash_image
 from crashkernel.drill.qemu import Debugger, RunningTwin, Wiring, qemu_command
 from crashkernel.drill.record import CONSOLE, DUMP, EVIDENCE, PLAN, TRUTH, evidence_json
@@ -32,7 +40,7 @@ from crashkernel.drill.verdict import Truth, Verdict, judge
 from crashkernel.errors import EnvironmentFault, FormatError, StageFailed, UsageError
 from crashkernel.machine import HEAD_SIZE, Region
 from crashkernel.machine.live import cpu_list
-from crashkernel.memory import Range, format_size
+from crashkernel.memory import Range, RangeSet, format_size
 from crashkernel.placement.plan import DamagePolicy, LoadPlan, PlacementName, SegmentContent
 from crashkernel.purgatory import PARAMETERS_OFFSET, STATE_OFFSET
 
@@ -55,6 +63,9 @@ class Stage:
 
 BOOT_K1 = Stage("K1 boot", 300, "does this kernel boot on this machine model and CPU? see the console")
 LOAD = Stage("load", 180, "the loader's own message says what to change")
+DRIVER = Stage(
+    "driver", 180, "K1's driver needs packet sockets and /proc/PID/pagemap: the console's last lines say what it missed"
+)
 CRASH = Stage("crash", 120, "K1 did not reach the purgatory: did the panic take another path (fadump, panic_timeout)?")
 COPY_TRUTH = Stage("truth", 120, "the host could not copy the twin's memory: is there room for it?")
 HANDOVER = Stage("handover", 120, "the purgatory did not reach K2's first instruction: its last line on the console says where")
@@ -62,6 +73,7 @@ DAMAGE = Stage("damage", 120, "the purgatory said nothing of the flipped bit")
 BOOT_K2 = Stage("K2 boot", 300, "K2 started but did not come up: too little memory in crashkernel=, or a wrong device tree")
 CAPTURE = Stage("capture", 900, "K2 could not save /proc/vmcore to its disk")
 VERIFY = Stage("verify", 600, "")
+DESCRIBE = Stage("describe", 180, "the command's own message says what to change")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +88,8 @@ class Scenario:
     all_cpus: bool = False  # K2 starts every CPU, not only the one that crashed
     on_damage: DamagePolicy = "reboot"
     flip: SegmentContent | None = None  # flip a bit of this once K1 is dead: the purgatory is to say so
+    dma: Dma | None = None  # a device goes on writing when K1 is dead
+    quarantine: bool = True  # `crashkernel load`'s own default
 
 
 @dataclass(slots=True)
@@ -86,6 +100,7 @@ class Outcome:
     stages: dict[str, float] = field(default_factory=dict)  # seconds
     verdict: Verdict | None = None
     told: str | None = None  # the purgatory's own line about the flipped bit
+    dma: DmaReport | None = None
     failure: StageFailed | None = None
     plan: LoadPlan | None = None
     dump: Path | None = None
@@ -96,6 +111,8 @@ class Outcome:
         """Whether the drill proved what it is for."""
         if self.failure is not None:
             return False
+        if self.dma is not None and not self.dma.writes:
+            return False  # a device that never wrote proves nothing
         return self.told is not None if self.scenario.flip else self.verdict is not None and self.verdict.passed
 
 
@@ -136,8 +153,14 @@ class _Clock:
         finally:
             self._outcome.stages[stage.name] = round(time.monotonic() - start, 3)
 
+    def taken(self, stage: Stage) -> float:
+        """Seconds that a stage took, once it is over."""
+        return self._outcome.stages[stage.name]
+
     def _failed(self, stage: Stage, message: str, machine: RunningTwin | None) -> StageFailed:
         console = tuple(machine.console) if machine else ()
+        if stage is HANDOVER:  # what the purgatory found is the reason for all else
+            message = _damage_told(console) or message
         return StageFailed(stage.name, message, console=console, hint=_likely(stage, console))
 
 
@@ -164,6 +187,8 @@ def run_drill(scenario: Scenario, userland: Userland, tell: Listener) -> Outcome
         except StageFailed as failure:
             outcome.failure = failure
         outcome.seconds = round(time.monotonic() - start, 3)
+        if outcome.dma is not None:
+            outcome.dma.effect = _effect(outcome, directory / CONSOLE)
         if scenario.keep is not None:
             _keep(directory, scenario.keep, outcome)
     return outcome
@@ -185,6 +210,11 @@ async def _drill(scenario: Scenario, userland: Userland, wiring: Wiring, outcome
             await _expect(machine, "armed", log=note)
             await disk_filled.wait()
             reserved, firmware = _kernels_regions(machine, scenario.twin)
+        if scenario.dma is not None:
+            outcome.dma = _aimed(scenario.dma, plan)
+            if scenario.dma.given_out:
+                async with clock.stage(DRIVER, machine):
+                    await _take_buffers(machine, outcome.dma, plan)
         purgatory = plan.segment("purgatory").range.start
         debugger = await machine.attach()
         head = _read_ram(wiring.ram, HEAD_SIZE)
@@ -203,18 +233,8 @@ async def _drill(scenario: Scenario, userland: Userland, wiring: Wiring, outcome
                 if scenario.on_damage == "reboot":
                     await machine.process.wait()  # the twin ends where a machine would reboot
             return
-        async with clock.stage(HANDOVER, machine):
-            await _run_until(machine, debugger, plan.entry)
-            machine.spoke.clear()
-            await debugger.detach()
-        async with clock.stage(BOOT_K2, machine):
-            await _first_words(machine, wiring.ram, plan)
-            _require_cpus(await _expect(machine, "k2-cpus"), scenario)
-            await _expect(machine, "k2-up")
-        async with clock.stage(CAPTURE, machine) as note:
-            size = int(await _expect(machine, "vmcore"))
-            await _expect(machine, "saved", log=note, progress=lambda done: note(f"{format_size(done)} of {format_size(size)}"))
-            await machine.quit()
+        with _device(outcome.dma, wiring.ram, plan, _panic_text(machine.panics)) as device:
+            size = await _hand_over(clock, scenario, machine, debugger, plan, device)
         truth = Truth(
             memory=wiring.directory / TRUTH,
             head=head,
@@ -226,11 +246,39 @@ async def _drill(scenario: Scenario, userland: Userland, wiring: Wiring, outcome
             crashed_pid=_CRASHED_PID,
             cpus=scenario.twin.smp,
             firmware=firmware,
+            device_buffers=outcome.dma.own if outcome.dma else RangeSet(),
         )
         (wiring.directory / EVIDENCE).write_text(evidence_json(truth))
     async with clock.stage(VERIFY):
         os.truncate(wiring.disk, size)
         outcome.verdict = await asyncio.to_thread(judge, wiring.disk, truth, plan)
+
+
+async def _hand_over(
+    clock: _Clock, scenario: Scenario, machine: RunningTwin, debugger: Debugger, plan: LoadPlan, device: RogueDevice | None
+) -> int:
+    """From the purgatory's first instruction to the dump on K2's disk; its size in bytes. QEMU has ended then."""
+    # a K2 that a device runs over may stand still anywhere; in twice the time of a whole boot a slow one says something
+    patience = max(_SILENCE + 15, 2 * clock.taken(BOOT_K1)) if device else None
+    async with clock.stage(HANDOVER, machine), _signs_of_life(machine, plan, patience):
+        if device:
+            device.k1_is_dead()
+        await _run_until(machine, debugger, plan.entry)
+        if device:
+            device.k2_runs(plan.k2_memory)
+        machine.spoke.clear()
+        await debugger.detach()
+    async with clock.stage(BOOT_K2, machine), _signs_of_life(machine, plan, patience):
+        await _first_words(machine, plan)
+        _require_cpus(await _expect(machine, "k2-cpus"), scenario)
+        await _expect(machine, "k2-up")
+    async with clock.stage(CAPTURE, machine) as note, _signs_of_life(machine, plan, patience):
+        size = int(await _expect(machine, "vmcore"))
+        await _expect(machine, "saved", log=note, progress=lambda done: note(f"{format_size(done)} of {format_size(size)}"))
+        if device:
+            device.stop()
+        await machine.quit()
+    return size
 
 
 def run_bare(twin: Twin, k1: Kernel, userland: Userland, tell: Listener) -> Outcome:
@@ -244,6 +292,30 @@ def run_bare(twin: Twin, k1: Kernel, userland: Userland, tell: Listener) -> Outc
             outcome.failure = failure
         outcome.seconds = round(time.monotonic() - start, 3)
     return outcome
+
+
+def describe_twin(twin: Twin, kernel: Kernel, userland: Userland, tell: Listener) -> str:
+    """The description that `crashkernel describe` writes in K1 on `twin`: JSON, as the guest sent it.
+
+    :raise StageFailed: the twin did not boot, or the command failed.
+    :raise EnvironmentFault: this machine lacks something, or has no room.
+    """
+    with working_directory(twin.memory) as directory:
+        return asyncio.run(_describe(twin, kernel, userland, Wiring(directory), tell))
+
+
+async def _describe(twin: Twin, kernel: Kernel, userland: Userland, wiring: Wiring, tell: Listener) -> str:
+    clock = _Clock(Outcome(Scenario(twin, kernel, kernel, "zero")), tell)
+    initrd = build_crash_image(
+        kernel, kernel, None, userland, wiring.directory / "crash.cpio", nonce=bytes(NONCE_SIZE), task="describe"
+    )
+    command = qemu_command(twin, kernel.vmlinux, initrd, wiring)
+    async with _prepared(wiring, twin), RunningTwin.start(command, wiring) as machine:
+        async with clock.stage(BOOT_K1, machine):
+            await _expect(machine, "k1-up")
+        async with clock.stage(DESCRIBE, machine) as note:
+            size = int(await _expect(machine, "description", log=note))
+            return (await machine.exactly(size)).decode()
 
 
 def _disk_size(twin: Twin) -> int:
@@ -320,6 +392,7 @@ def _build(scenario: Scenario, userland: Userland, wiring: Wiring, nonce: bytes,
         userland,
         directory / "crash.cpio",
         nonce=nonce,
+        driver=scenario.dma.driver if scenario.dma else "none",
         loader=loader,
         load_args=(
             f"--placement={scenario.placement}",
@@ -327,6 +400,7 @@ def _build(scenario: Scenario, userland: Userland, wiring: Wiring, nonce: bytes,
             "--initrd=/boot/initrd",
             f"--append={cmdline}",
             f"--on-damage={scenario.on_damage}",
+            *(() if scenario.quarantine else ("--no-quarantine",)),
         ),
         append=append,
     )
@@ -363,25 +437,29 @@ _SILENCE = 60  # seconds; K2's first line takes one or two
 _PANIC = b"Kernel panic - not syncing: "
 
 
-async def _first_words(machine: RunningTwin, ram: Path, plan: LoadPlan) -> None:
+async def _first_words(machine: RunningTwin, plan: LoadPlan) -> None:
     """Wait for K2's first line. A kernel that dies before its console works leaves its reason in its log, in its memory."""
     try:
         async with asyncio.timeout(_SILENCE):
             await machine.spoke.wait()
     except TimeoutError as error:
-        # K2's log buffer is static data: in its image, wherever that runs
-        image = Range.sized(plan.entry, plan.kernel_span)
-        with ram.open("rb") as file:
-            file.seek(image.start)
-            memory = file.read(image.size)
-        message = f"K2 printed nothing for {_SILENCE} s"
-        at = memory.rfind(_PANIC)
-        while at >= 0:
-            text = re.split(rb"[\0\n]| \]---", memory[at : at + 200])[0]  # the ring's records have no terminator
-            if b"%s" not in text:  # else it is the format itself
-                raise _Silent(f"{message}; its log says: {text.decode('ascii', 'replace')}") from error
-            at = memory.rfind(_PANIC, 0, at)
-        raise _Silent(message) from error
+        raise _Silent(f"K2 printed nothing for {_SILENCE} s{_log_says(machine, plan)}") from error
+
+
+def _log_says(machine: RunningTwin, plan: LoadPlan) -> str:
+    """The panic in K2's log buffer, for the end of a sentence; "" without."""
+    # the buffer is static data: in K2's image, wherever that runs
+    image = Range.sized(plan.entry, plan.kernel_span)
+    with machine.wiring.ram.open("rb") as file:
+        file.seek(image.start)
+        memory = file.read(image.size)
+    at = memory.rfind(_PANIC)
+    while at >= 0:
+        text = re.split(rb"[\0\n]| \]---", memory[at : at + 200])[0]  # the ring's records have no terminator
+        if b"%s" not in text:  # else it is the format itself
+            return f"; its log says: {text.decode('ascii', 'replace')}"
+        at = memory.rfind(_PANIC, 0, at)
+    return ""
 
 
 async def _run_until(machine: RunningTwin, debugger: Debugger, address: int) -> None:
@@ -424,6 +502,128 @@ async def _told(machine: RunningTwin, content: SegmentContent) -> str:
                 return line
         if lines and "enter K2" in lines[-1]:
             raise _GuestSaidNo(f"a bit of the {content} was flipped, and K2 was entered")
+
+
+def _aimed(dma: Dma, plan: LoadPlan) -> DmaReport:
+    """A report with the regions, and what the plan had said of them.
+
+    :raise StageFailed: the plan does not know where K1's image lies.
+    """
+    where = {name: REGIONS[name].where(plan) for name in dma.regions}
+    unknown = [name for name in dma.regions if not where[name] and not REGIONS[name].given_out]
+    if unknown:
+        raise StageFailed(
+            LOAD.name, f"the plan does not say where {' and '.join(unknown)} lies", hint="use one kernel for both"
+        )
+    hazards = {hazard.name: hazard for hazard in plan.hazards}
+    said = {name: hazards[REGIONS[name].hazard] for name in dma.regions if REGIONS[name].hazard in hazards}
+    return DmaReport(dma, wanted=where, hazards=said)
+
+
+async def _take_buffers(machine: RunningTwin, report: DmaReport, plan: LoadPlan) -> None:
+    """Have K1's driver take the pages it can get, and keep them."""
+    machine.say(f"driver {driver_command(report.dma, plan)}")
+    while True:
+        kind, _, rest = (await machine.line()).partition(" ")
+        if kind == "failed":
+            raise _GuestSaidNo(f"the guest says: {rest}")
+        if kind == "driving":
+            report.pages_looked_at, report.page_size = (int(number) for number in rest.split())
+            return
+        if kind == "buffer":
+            name, _, text = rest.partition(" ")
+            start, _, end = text.partition("-")
+            report.given.setdefault(name, []).append(Range(int(start, 16), int(end, 16)))
+
+
+@contextlib.contextmanager
+def _device(report: DmaReport | None, ram: Path, plan: LoadPlan, panic: str) -> Iterator[RogueDevice | None]:
+    """The device, aimed but idle; when the context ends it has stopped, and the report says what it wrote."""
+    if report is None:
+        yield None
+        return
+    # the log has no buffer of a device's in it, and the verdict looks for this line
+    avoid = [*plan.notes, *_places(ram, RangeSet(region.range for region in plan.k1_layout), panic.encode())]
+    report.targets = choose_targets(report.dma, plan, report.given, avoid)
+    device = RogueDevice(ram, report)
+    try:
+        yield device
+    finally:
+        device.stop()
+        device.account(report)
+
+
+def _places(ram: Path, where: RangeSet, text: bytes) -> Iterator[Range]:
+    """Where `text` lies in guest RAM."""
+    with ram.open("rb") as file:
+        for each in where:
+            memory = os.pread(file.fileno(), each.size, each.start)
+            at = memory.find(text) if text else -1
+            while at >= 0:
+                yield Range.sized(each.start + at, len(text))
+                at = memory.find(text, at + 1)
+
+
+@contextlib.asynccontextmanager
+async def _signs_of_life(machine: RunningTwin, plan: LoadPlan, patience: float | None) -> AsyncIterator[None]:
+    """Give up on a twin that says nothing on its console or port for `patience` seconds; None waits for ever."""
+    if patience is None:
+        yield
+        return
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(patience) as limit:
+
+            def heard() -> None:
+                if not limit.expired():
+                    limit.reschedule(loop.time() + patience)
+
+            machine.on_sound = heard
+            yield
+    except TimeoutError as error:
+        words = f"nothing more was heard for {patience:.0f} s"
+        if machine.console:
+            words += f", the last was {machine.console[-1]!r}"
+        raise _GuestSaidNo(f"{words}; {await machine.whereabouts()}{_log_says(machine, plan)}") from error
+    finally:
+        machine.on_sound = None
+
+
+def _damage_told(lines: Iterable[str]) -> str:
+    """The purgatory's line about damage to what was loaded, "" if it said none."""
+    return next((line for line in lines if line.startswith("crashkernel: ") and "DAMAGED" in line), "")
+
+
+_TROUBLE = re.compile(r"Oops|BUG:|kernel BUG|Kernel panic|Unable to handle|Bad page|Machine check|stuck for|general protection")
+_KERNEL_STARTS = "] Linux version"
+
+
+def _effect(outcome: Outcome, console: Path) -> str:
+    """What the device's writes did, in one line."""
+    text = console.read_text(errors="replace").replace("\r", "") if console.exists() else ""
+    k2_said = text.rpartition(_KERNEL_STARTS)[2]
+    trouble = (
+        next((line for line in k2_said.splitlines() if _TROUBLE.search(line)), "") if text.count(_KERNEL_STARTS) > 1 else ""
+    )
+    said = f"; its first complaint: {trouble}" if trouble else ""
+    if outcome.failure is not None:
+        if told := _damage_told(text.splitlines()):
+            return f"the purgatory found the damage and did not enter K2: {told}"
+        said = said or f": {outcome.failure.message.removeprefix(f'{outcome.failure.stage}: ')}"
+        where = {
+            HANDOVER.name: "K2 was not reached",
+            BOOT_K2.name: "K2 did not come up",
+            CAPTURE.name: "K2 could not save the dump",
+        }
+        return f"{where.get(outcome.failure.stage, 'nothing: the drill did not get so far')}{said}"
+    if outcome.verdict is None or not outcome.verdict.passed:
+        wrong = outcome.verdict.bytes_wrong if outcome.verdict else 0
+        what = f"{wrong:,} bytes are wrong outside of the device's own buffers" if wrong else "the dump is not whole"
+    elif outcome.dma is not None and outcome.dma.writes_into_k2:
+        what = "none that shows in the dump, but K2's memory was written to: it came up by luck"
+    else:
+        what = "none outside of the device's own buffers"
+    return f"{what}{said}"
 
 
 def _require_cpus(online: str, scenario: Scenario) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from crashkernel.drill.dma import MARK
 from crashkernel.errors import CrashkernelError, VerificationError
 from crashkernel.formats.elf import EM_PPC64, ET_CORE, NT_PRSTATUS, ElfFile, Note, PrStatus
 from crashkernel.formats.vmcoreinfo import VmcoreInfo
@@ -57,6 +58,7 @@ class Truth:
     crashed_pid: int
     cpus: int
     firmware: tuple[Region, ...]  # what OPAL reserved on bare metal, in K1's kernel's words; a partition's is below it
+    device_buffers: RangeSet = RangeSet()  # K1's memory that a device went on writing to, as K1 had told it  # noqa: RUF009
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,7 @@ class Verdict:
     bytes_compared: int = 0
     bytes_wrong: int = 0
     bytes_missing: int = 0
+    bytes_in_device_buffers: int = 0  # that differ, as on any machine with such a device: not among the wrong ones
     wrong_ranges: list[WrongRange] = field(default_factory=list)
     exempt: list[Exemption] = field(default_factory=list)
     first_256_bytes_ok: bool = False
@@ -212,10 +215,11 @@ def _compare(dump: int, memory: int, pieces: list[_Piece], truth: Truth, plan: L
             verdict.bytes_compared += chunk.range.size
             for block in blocks:
                 region = next((region for region in live if region.range.contains(block.range)), None)
-                if region is None:
-                    wrong_blocks += _without_dispatch_counts(block, truth, verdict)
-                else:
+                if region is not None:
                     verdict.exempt.append(Exemption(block.range, region.name, block.wrong))
+                    continue
+                for part in _outside_device_buffers(block, truth, verdict):
+                    wrong_blocks += _without_dispatch_counts(part, truth, verdict)
     verdict.first_256_bytes_ok = head_bytes == HEAD_SIZE
     verdict.bytes_wrong = sum(block.wrong for block in wrong_blocks)
     verdict.wrong_ranges = _describe(wrong_blocks, plan)
@@ -274,6 +278,15 @@ class _Wrong:
         return len(self.places)
 
 
+def _outside_device_buffers(block: _Wrong, truth: Truth, verdict: Verdict) -> list[_Wrong]:
+    """Count the bytes that a device wrote where it was told to, and leave the others."""
+    if not truth.device_buffers.overlaps(block.range):
+        return [block]
+    places = tuple(place for place in block.places if block.start + place not in truth.device_buffers)
+    verdict.bytes_in_device_buffers += block.wrong - len(places)
+    return [_Wrong(block.start, block.dumped, block.true, places)] if places else []
+
+
 def _without_dispatch_counts(block: _Wrong, truth: Truth, verdict: Verdict) -> list[_Wrong]:
     """Move what the hypervisor counted in a VPA from the wrong bytes to the exemptions."""
     places = set(block.places)
@@ -323,6 +336,8 @@ def _describe(blocks: list[_Wrong], plan: LoadPlan) -> list[WrongRange]:
             note = f"holds what belongs at {home:#x}"
         elif not any(block.dumped):
             note = "zeros"
+        elif MARK in block.dumped:
+            note = "the rogue device wrote there"
         # addresses in `what` and `note` grow with the block's own: neighbours are alike if these run in step
         shift = next((k.location - k.range.start for k in plan.kept if block.range.start in k.range), None)
         alike = (*_names(block.range.start, plan), shift, note if home is None else home - block.start)

@@ -214,7 +214,9 @@ def _early_allocator(subject: _Subject) -> _Finding:
             full,
             "Reserve more memory.",
         )
-    if subject.machine.mmu == "radix" and free.find(PROCESS_TABLE, PROCESS_TABLE) is None:
+    # the table comes after what maps its range, which is taken from the range's end
+    left = RangeSet(Range(r.start, r.end - EARLY_ALLOCATIONS) for r in free if r.size > EARLY_ALLOCATIONS)
+    if subject.machine.mmu == "radix" and left.find(PROCESS_TABLE, PROCESS_TABLE) is None:
         return _found(
             "dangerous",
             f"Radix wants {format_size(PROCESS_TABLE)} in one piece, aligned to as much, for its process table. No such piece "
