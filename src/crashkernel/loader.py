@@ -28,6 +28,7 @@ from crashkernel.purgatory import purgatory_bytes
 if TYPE_CHECKING:
     from crashkernel.machine import Machine
     from crashkernel.placement.image import KernelImage
+    from crashkernel.quarantine import Quarantine
 
 _SYS_KEXEC_LOAD = 268  # arch/powerpc/kernel/syscalls/syscall.tbl
 _KEXEC_ON_CRASH = 1  # include/uapi/linux/kexec.h
@@ -323,13 +324,20 @@ def _forget(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def status_json(now: Status, changes: tuple[str, ...]) -> str:
-    """`Status` for scripts, and what has changed since the load."""
+def status_json(now: Status, changes: tuple[str, ...] | None, kept: Quarantine | None) -> str:
+    """`Status` for scripts; what has changed since the load, None when that could not be read; and the quarantine, if any."""
     return json.dumps(
         {
             "loaded": now.loaded,
             "reserved_size": now.reserved_size,
-            "outdated": list(changes),
+            "outdated": None if changes is None else list(changes),
+            "quarantine": None
+            if kept is None
+            else {
+                "taken": [str(r) for r in kept.taken],
+                "held": [{"range": str(piece.range), "use": piece.use} for piece in kept.held],
+                "reason": kept.reason,
+            },
             "plan": json.loads(now.plan.to_json()) if now.plan else None,
         },
         indent=1,

@@ -26,15 +26,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from crashkernel.errors import CrashkernelError, FormatError
 from crashkernel.formats import fields
-from crashkernel.machine.pages import read_pages
+from crashkernel.machine import PAGE_SIZES, Pages
+from crashkernel.machine.pages import is_out, read_pages
 from crashkernel.memory import Range, RangeSet
-
-if TYPE_CHECKING:
-    from crashkernel.machine import Pages
 
 RECORD = Path("run/crashkernel/quarantine.json")
 """Where it is kept which pages are ours to give back, below the root directory."""
@@ -53,15 +50,11 @@ _UNPOISON = _DEBUGFS / "hwpoison/unpoison-pfn"
 _MODULE = "hwpoison_inject"
 _HOST = Path("/")
 
-_PAGE_SIZES = (1 << 12, 1 << 14, 1 << 16, 1 << 18)  # arch/powerpc/Kconfig, PPC_*K_PAGES
-
 # include/uapi/linux/kernel-page-flags.h
 _FLAG_SIZE = 8  # bytes a page
 _HWPOISON = 1 << 19
 _NOPAGE = 1 << 20
 _BUDDY = 1 << 10
-# LRU, SLAB, BUDDY, MMAP, PGTABLE: somebody has it, or may get it. After a memory error a page that is in use is marked as well.
-_IN_USE = 1 << 5 | 1 << 7 | _BUDDY | 1 << 11 | 1 << 26
 # BUDDY, LRU, ANON, HUGE, THP, and UPTODATE, SWAPBACKED of what is on its way to the LRU lists: what the kernel may part with.
 _MOVABLE = _BUDDY | 1 << 5 | 1 << 12 | 1 << 17 | 1 << 22 | 1 << 3 | 1 << 14
 # SLAB, OFFLINE, PGTABLE, RESERVED
@@ -79,8 +72,8 @@ _TOOL_DEADLINE = 30  # seconds for modprobe, mount
 class Quarantine:
     """What became of the pages that K1 was to part with: whole pages of K1's, in bytes.
 
-    `held` says who holds those it did not part with, ascending. `reason` is why nothing, or not everything, could be asked of
-    the kernel, "" if it could.
+    `held` says who holds those it did not part with, ascending; nobody knows it of a page that a memory error took, so that is
+    "kernel". `reason` is why nothing, or not everything, could be asked of the kernel, "" if it could.
     """
 
     taken: RangeSet
@@ -118,9 +111,9 @@ def take(ranges: RangeSet, page_size: int, root: Path = _HOST, progress: Progres
             record = _claim(kernel, before, wanted)
             _write_record(root, record)
             reason = _take(kernel, record.spent - before.spent, wanted, progress)
-            return _seen(kernel, root, wanted, reason)
+            return _seen(kernel, root, wanted, record, reason)
     except _Obstacle as obstacle:
-        return Quarantine(RangeSet(), read_pages(root, wanted, page_size), str(obstacle))
+        return Quarantine(RangeSet(), _held(root, wanted, page_size), str(obstacle))
 
 
 def again(root: Path = _HOST, progress: Progress | None = None) -> Quarantine | None:
@@ -139,7 +132,7 @@ def status(root: Path = _HOST) -> Quarantine | None:
         if record is None:
             return None
         with _Kernel(root, record.page_size) as kernel:
-            return _seen(kernel, root, record.asked, "")
+            return _seen(kernel, root, record.asked, record)
     except _Obstacle as obstacle:
         return Quarantine(RangeSet(), (), str(obstacle))
 
@@ -191,7 +184,7 @@ def _take(kernel: _Kernel, spend: RangeSet, wanted: RangeSet, progress: Progress
                 code = kernel.soft_offline(paddr)
                 if code in _REFUSALS:
                     return _REFUSALS[code]
-                if code == 0 and _is_out(kernel.flags(paddr)):
+                if code == 0 and is_out(kernel.flags(paddr)):
                     continue
             rest.append(paddr)
         pages = rest
@@ -222,14 +215,16 @@ _REFUSALS = {
 """Answers that hold for every page."""
 
 
-def _is_out(flags: int) -> bool:
-    return bool(flags & _HWPOISON) and not flags & _IN_USE
-
-
-def _seen(kernel: _Kernel, root: Path, wanted: RangeSet, reason: str) -> Quarantine:
-    taken = kernel.out(wanted)
+def _seen(kernel: _Kernel, root: Path, wanted: RangeSet, record: _Record, reason: str = "") -> Quarantine:
+    taken = kernel.out(wanted) - record.others
     rest = kernel.set_of(kernel.pages(wanted)) - taken  # a record may speak of more than there is memory
-    return Quarantine(taken, read_pages(root, rest, kernel.page_size), reason)
+    return Quarantine(taken, _held(root, rest, kernel.page_size), reason)
+
+
+def _held(root: Path, pages: RangeSet, page_size: int) -> tuple[Pages, ...]:
+    """Who holds pages that we did not take. Of those marked all the same, a driver's among them, the flags do not tell."""
+    found = read_pages(root, pages, page_size)
+    return tuple(Pages(piece.range, "kernel") if piece.use == "poisoned" else piece for piece in found)
 
 
 class _Clock:
@@ -355,8 +350,8 @@ class _Kernel:
         return next(iter(self._read(paddr // self.page_size, 1)), _NOPAGE)
 
     def out(self, ranges: RangeSet) -> RangeSet:
-        """The pages that are out of K1's hands, whoever took them."""
-        return self.set_of(paddr for paddr, flags in self.scan(ranges) if _is_out(flags))
+        """The pages that are out of K1's hands, by their flags, whoever took them."""
+        return self.set_of(paddr for paddr, flags in self.scan(ranges) if is_out(flags))
 
     def poisoned(self, ranges: RangeSet) -> RangeSet:
         """The pages that are marked, in use or not."""
@@ -399,7 +394,7 @@ def _write(path: Path, text: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """Pages that were asked for; ours to give back are those of them that are poisoned, but for `others`.
+    """Pages that were asked for; taken, and ours to give back, are those of them that are poisoned, but for `others`.
 
     So it is true whenever the taking ended: it is written before. A boot forgets every poisoned page, and so `boot` tells
     whether the record is of this one.
@@ -433,7 +428,7 @@ def _read_record(root: Path) -> _Record | None:
             raise FormatError(f"not of format {FORMAT}")
         page_size = fields.count(raw["page_size"], 1 << 32)
         asked, others, spent = (RangeSet(fields.ranges(raw[name])) for name in ("asked", "others", "spent"))
-        if page_size not in _PAGE_SIZES or any(end % page_size for each in (*asked, *spent) for end in (each.start, each.end)):
+        if page_size not in PAGE_SIZES or any(end % page_size for each in (*asked, *spent) for end in (each.start, each.end)):
             raise FormatError("not whole pages")
         record = _Record(fields.text(raw["boot"]), page_size, asked, others, spent)
     except FileNotFoundError:
@@ -441,7 +436,8 @@ def _read_record(root: Path) -> _Record | None:
     except (OSError, ValueError, TypeError, KeyError, RecursionError, FormatError) as error:
         raise _Obstacle(
             f"cannot read {path}, the record of the quarantine: {error}",
-            hint="nothing was changed; pages that were taken come back at the next boot; remove the file to begin anew",
+            hint="nothing was changed; remove the file to begin anew; pages that were taken come back at the next boot, and "
+            "count as a memory error's until then",
         ) from error
     return record if record.boot == _boot(root) else None
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from crashkernel import cli, loader, quarantine
 from crashkernel.cli import main, planning, rescue
-from crashkernel.errors import CrashkernelError
+from crashkernel.errors import CrashkernelError, LoadRefused
 from crashkernel.formats.fdt import DeviceTree
+from crashkernel.machine import Pages
 from crashkernel.memory import Range, RangeSet
 from crashkernel.placement.plan import DAMAGE_POLICIES, LoadPlan
 from support.machines import MIB, memory_node, small_plan, tree, vmlinux
@@ -171,7 +172,8 @@ class TestBadInput:
 
     @pytest.mark.parametrize("option", ["--kernel", "--initrd", "--machine", "--from"])
     def test_a_file_that_is_not_there(self, files, capsys, option):
-        assert main(plan_arguments(files, option, str(files / "nowhere"))) == 2
+        arguments = plan_arguments(files) if option != "--from" else ["plan"]
+        assert main([*arguments, option, str(files / "nowhere")]) == 2
         assert f"cannot read {files}/nowhere: No such file or directory" in complaint(capsys)
 
     def test_a_plan_with_overlapping_segments(self, files, capsys):
@@ -213,6 +215,96 @@ def no_quarantine(monkeypatch):
     monkeypatch.setattr(quarantine, "take", lambda *_, **__: pytest.fail("took pages"))
     monkeypatch.setattr(quarantine, "release", lambda *_: quarantine.Released(RangeSet(), RangeSet()))
     monkeypatch.setattr(quarantine, "status", lambda *_: None)
+    monkeypatch.setattr(loader, "status", lambda *_: loader.Status(False, 0, None))
+
+
+class TestPlanning:
+    """plan and compare on a machine that was captured from a running kernel."""
+
+    CAPTURED = Path(__file__).parents[1] / "data/pseries-power9.json"
+
+    def arguments(self, files, command, *more):
+        return [command, "--machine", str(self.CAPTURED), "--kernel", str(files / "vmlinux"), *more]
+
+    def test_a_described_machine(self, files, capsys):
+        assert main(self.arguments(files, "plan", "--placement", "zero")) == 0
+        text = capsys.readouterr().out
+        assert "reserved 0x20000000-0x40000000 (512 MiB)" in text
+        assert "safe          the hash page table" in text
+        assert "source: " not in text
+
+    def test_explained(self, files, capsys):
+        assert main(self.arguments(files, "plan", "--explain")) == 0
+        text = capsys.readouterr().out
+        assert text.count("source: ") == 17
+        assert max(map(len, text.splitlines())) <= 80
+
+    def test_a_saved_plan_is_drawn_as_it_is(self, files, capsys):
+        assert main(plan_arguments(files, "--plan-out", str(files / "plan.json"))) == 0
+        capsys.readouterr()
+        assert main(["plan", "--from", str(files / "plan.json"), "--placement", "zero", "--crashkernel", "1G"]) == 2
+        assert "it takes no --placement and no --crashkernel" in complaint(capsys)
+
+    def test_pictures(self, files, capsys):
+        paths = [files / "plan.svg", files / "plan.html"]
+        assert main(self.arguments(files, "plan", "--svg", str(paths[0]), "--html", str(paths[1]))) == 0
+        assert paths[0].read_text().startswith("<svg")
+        assert "<html" in paths[1].read_text()
+        before = sorted(path.name for path in files.iterdir())
+        assert main(self.arguments(files, "plan", "--svg", str(files / "nowhere/plan.svg"))) == 2
+        assert "choose another --svg" in capsys.readouterr().err
+        assert sorted(path.name for path in files.iterdir()) == before
+
+    def test_as_if_booted_with_another_reservation(self, files, capsys):
+        assert main(self.arguments(files, "plan", "--crashkernel", "256M@128M")) == 0
+        text = capsys.readouterr().out
+        assert text.startswith("crashkernel=256M@128M: 0x8000000-0x18000000 (256 MiB)")
+        assert "reserved 0x8000000-0x18000000 (256 MiB)" in text
+        assert "unknown       elfcorehdr, notes and VMCOREINFO" in text
+
+    @pytest.mark.parametrize(
+        ("spec", "says"),
+        [
+            ("512M@1M", "would reserve nothing"),
+            ("3G", "would reserve nothing"),
+            ("512M,high", "would reserve nothing"),
+            ("4G-:1G", "would reserve nothing"),
+            ("plenty", "would reserve nothing"),
+            ("983M@41M", "K1 would not boot"),
+        ],
+    )
+    @pytest.mark.parametrize("command", ["plan", "compare"])
+    def test_a_reservation_that_cannot_be(self, files, capsys, command, spec, says):
+        assert main(self.arguments(files, command, "--crashkernel", spec)) == 3
+        assert says in complaint(capsys)
+
+    def test_compare(self, files, capsys):
+        assert main(self.arguments(files, "compare")) == 0
+        text = capsys.readouterr().out
+        assert "recommended: reserved" in text
+        assert main(self.arguments(files, "compare", "--json")) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["recommended"] == "reserved"
+        assert [variant["name"] for variant in found["variants"]][:2] == ["reserved", "zero"]
+        assert found["variants"][0]["cost"]["reserved"] == 512 * MIB
+
+    def test_compare_with_what_drills_showed(self, files, capsys):
+        drills = [{"placement": "zero", "verdict": "PASS"}, {"placement": "zero", "verdict": "FAIL"}]
+        (files / "drills.json").write_text(json.dumps({"drills": drills}))
+        assert main(self.arguments(files, "compare", "--drills", str(files / "drills.json"))) == 0
+        assert "1 of 2 pass" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("text", ["", "[]", "{}", '{"drills": [1]}', '{"drills": 7}', "[" * 100_000])
+    def test_results_that_are_none(self, files, capsys, text):
+        (files / "drills.json").write_text(text)
+        assert main(self.arguments(files, "compare", "--drills", str(files / "drills.json"))) == 2
+        assert "not the results of drills" in complaint(capsys)
+
+    @pytest.mark.parametrize("data", [b"", b"{}", b"\x89PNG", b"[" * 100_000, b"\xd0\x0d\xfe\xed"])
+    def test_a_machine_that_is_none(self, files, capsys, data):
+        (files / "machine").write_bytes(data)
+        assert main(["plan", "--machine", str(files / "machine"), "--kernel", str(files / "vmlinux")]) == 2
+        assert str(files / "machine") in complaint(capsys)
 
 
 class TestHost:
@@ -242,10 +334,13 @@ class TestHost:
         """The kernel does not tell what is loaded: another tool may have replaced our load since."""
         plan = replace(small_plan(), cmdline=os.fsdecode(b"caf\xe9 elfcorehdr=1K"))
         monkeypatch.setattr(loader, "status", lambda: loader.Status(True, 128 * MIB, plan))
-        assert main(["status"]) == 0
+        assert main(["status"]) == 1
         text = capsys.readouterr().out
         assert "the last load by crashkernel was 6.1.0-test, placement reserved" in text
         assert "caf\\udce9" in text
+        assert "whether the machine has changed since cannot be told" in text
+        assert main(["status", "--json"]) == 1
+        assert json.loads(capsys.readouterr().out)["outdated"] is None
 
     def test_a_plan_that_cannot_be_written_loads_nothing(self, files, host, monkeypatch, capsys):
         monkeypatch.setattr(loader, "load", lambda *_: pytest.fail("loaded"))
@@ -281,6 +376,103 @@ class TestHost:
         assert (initrd.start < 84 * MIB) is (start is None)
         beyond = Range(max(initrd.start, 84 * MIB), initrd.end)
         assert f"warning: reach with translation off: {beyond} of the initramfs lies above the RMA" in complaint(capsys)
+
+    def test_at_zero_pages_are_taken_before_the_load_and_given_back_when_it_fails(self, files, host, monkeypatch, capsys):
+        taken, events = Range(2 * MIB, 3 * MIB), []
+
+        def take(wanted, page_size, progress):
+            events.append("take")
+            return quarantine.Quarantine(RangeSet([taken]), (Pages(Range(3 * MIB, 4 * MIB), "slab"),))
+
+        def refuse(*_):
+            events.append("load")
+            raise LoadRefused("busy")
+
+        monkeypatch.setattr(rescue, "quarantinable", lambda *_: RangeSet([Range(2 * MIB, 4 * MIB)]))
+        monkeypatch.setattr(quarantine, "take", take)
+        monkeypatch.setattr(
+            quarantine, "release", lambda *_: events.append("release") or quarantine.Released(RangeSet(), RangeSet())
+        )
+        monkeypatch.setattr(loader, "load", refuse)
+        monkeypatch.setattr(loader, "status", lambda: loader.Status(False, 0, None))
+        arguments = ["load", "--placement", "zero", "--kernel", str(files / "vmlinux")]
+        assert main(arguments) == 3
+        assert events == ["take", "load", "release"]
+        out = capsys.readouterr().out
+        assert "1 MiB of the 2 MiB of K2's memory that K1 could hand out are out of its hands" in out
+        assert "not to be had: slab 1 MiB" in out
+        events.clear()
+        assert main([*arguments, "--no-quarantine"]) == 3
+        assert events == ["load", "release"]
+
+    @pytest.mark.parametrize("quarantined", [False, True])
+    def test_a_load_that_fails_says_whether_anything_is_still_loaded(self, files, host, monkeypatch, capsys, quarantined):
+        """The kernel frees the old capture kernel before it refuses the new one."""
+        states = [loader.Status(True, 0, None), loader.Status(False, 0, None)]
+
+        def refuse(*_):
+            raise LoadRefused("no memory")
+
+        released = []
+        monkeypatch.setattr(loader, "status", lambda: states.pop(0) if len(states) > 1 else states[0])
+        monkeypatch.setattr(loader, "load", refuse)
+        monkeypatch.setattr(quarantine, "status", lambda: quarantine.Quarantine(RangeSet(), ()) if quarantined else None)
+        monkeypatch.setattr(quarantine, "release", lambda: released.append(1) or quarantine.Released(RangeSet(), RangeSet()))
+        assert main(["load", "--kernel", str(files / "vmlinux")]) == 3
+        assert "this machine is not protected now" in capsys.readouterr().err
+        assert released
+
+    def test_a_load_that_fails_while_another_stands_leaves_that_one_s_quarantine(self, files, host, monkeypatch, capsys):
+        monkeypatch.setattr(loader, "status", lambda: loader.Status(True, 0, None))
+        monkeypatch.setattr(loader, "load", lambda *_: 1 / 0)
+        monkeypatch.setattr(quarantine, "status", lambda: quarantine.Quarantine(RangeSet(), ()))
+        monkeypatch.setattr(quarantine, "release", lambda: pytest.fail("released"))
+        assert main(["load", "--kernel", str(files / "vmlinux")]) == 70
+        assert "not protected" not in capsys.readouterr().err
+
+    def test_asking_again_for_pages(self, monkeypatch, capsys):
+        monkeypatch.setattr(quarantine, "again", lambda **_: None)
+        assert main(["quarantine"]) == 3
+        assert "there is no quarantine" in complaint(capsys)
+        held = (Pages(Range(3 * MIB, 4 * MIB), "pagetable"),)
+        for found, status in (((), 0), (held, 1)):
+            result = quarantine.Quarantine(RangeSet([Range(2 * MIB, 3 * MIB)]), found)
+            monkeypatch.setattr(quarantine, "again", lambda result=result, **_: result)
+            assert main(["quarantine"]) == status
+            assert "1 MiB of the " in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            ["--append", "quiet"],
+            ["--placement", "zero"],
+            ["--on-damage", "halt"],
+            ["--no-quarantine"],
+            ["--kernel", "x"],
+            ["--initrd", ""],
+        ],
+    )
+    def test_a_refresh_takes_no_other_options(self, host, capsys, options):
+        assert main(["load", "--refresh", *options]) == 2
+        line = complaint(capsys)
+        assert "--refresh loads what was loaded last" in line
+        assert options[0] in line
+
+    def test_a_refresh_loads_what_was_asked_for_if_the_machine_has_changed(self, files, host, monkeypatch, capsys):
+        request = loader.Request("reserved", "halt", str(files / "vmlinux"), "", "console=hvc0", True)
+        monkeypatch.setattr(loader, "requested", lambda: request)
+        older = small_plan(memory=[memory_node(0, 224 * MIB)])
+        seen = []
+        monkeypatch.setattr(loader, "load", lambda plan, _, again: seen.append((plan, again)) or loader.Loaded(True, 0.025))
+        monkeypatch.setattr(loader, "status", lambda: loader.Status(True, 128 * MIB, older))
+        assert main(["load", "--refresh"]) == 0
+        ((plan, again),) = seen
+        assert (plan.placement, plan.on_damage, again) == ("reserved", "halt", request)
+        assert "it had none for at most 25 ms" in capsys.readouterr().out
+        monkeypatch.setattr(loader, "status", lambda: loader.Status(True, 128 * MIB, plan))
+        assert main(["load", "--refresh"]) == 0
+        assert "nothing has changed since the load" in capsys.readouterr().out
+        assert len(seen) == 1
 
     def test_a_dry_run_loads_nothing(self, files, monkeypatch, capsys):
         machine = planning._machine(cli._parser(["plan"]).parse_args(plan_arguments(files)))[0]

@@ -18,6 +18,7 @@ from crashkernel.machine.description import describe, kept_options, machine_from
 from crashkernel.machine.devicetree import dynamic_memory, machine_from_tree
 from crashkernel.memory import Range
 from crashkernel.placement import plan_load
+from crashkernel.placement.reservation import reserve
 from support.bigmachine import CORES, MEMORY, THREADS, big_machine, big_tree, captured
 from support.machines import (
     GIB,
@@ -95,10 +96,29 @@ class TestThereAndBack:
         assert plans[0].segments == plans[1].segments, "the tree's segment too, though the tree is not there"
         assert plans[0] == plans[1]
 
+    @pytest.mark.parametrize("version", [1, 2])
+    @pytest.mark.parametrize("flags", [0x8, 0x108, 0x88, 0x188, 0x148])
+    def test_the_reservation_is_the_machine_s(self, version, flags):
+        """A block that can be removed again is memory of its own, and no region reaches into it."""
+        found = full_machine(
+            memory=[memory_node(0, 2 * GIB)], extra=[drmem_node(256 * MIB, [Block(2 * GIB, 4, flags)], version)]
+        )
+        described = machine_from_description(describe(found))
+        for spec in ("512M@1792M", "512M@2048M", "512M"):
+            assert reserve(described, spec) == reserve(found, spec)
+        reaches = reserve(described, "512M@1792M").range is not None
+        assert reaches is (flags == 0x8), "else the machines above have nothing that could be lost"
+
     def test_a_machine_known_by_its_tree_alone(self):
         found = machine_from_description(describe(machine_from_tree(tree(bootargs="crashkernel=1G quiet"))))
         assert (found.head, found.release, found.layout, found.pages, found.kernel_end) == (b"", "", (), (), 0)
         assert found.cmdline == "crashkernel=1G"
+
+    @pytest.mark.parametrize("size", [0, 1 << 12, 1 << 14, 1 << 16, 1 << 18])
+    def test_every_page_size_a_kernel_can_have(self, size):
+        """arch/powerpc/Kconfig, PPC_4K_PAGES to PPC_256K_PAGES; 0 when unknown."""
+        found = replace(small_machine(), page_size=size)
+        assert machine_from_description(describe(found)).page_size == size
 
     numbers = st.lists(st.integers(0, 8191), unique=True, max_size=40).map(sorted)
 
@@ -306,6 +326,9 @@ class TestRefused:
             (setting("byteorder", "middle"), "middle"),
             (setting("page_size", -1), "count"),
             (setting("page_size", 1 << 30), "count"),
+            (setting("page_size", 3), "no page of a ppc64 kernel's"),
+            (setting("page_size", 0x2000), "no page of a ppc64 kernel's"),
+            (setting("page_size", 1 << 18 | 1), "count"),
             (setting("tree_size", 1 << 32), "count"),
             (setting("head", "00" * 255), "255"),
             (setting("head", "zz"), "hexadecimal"),
@@ -364,13 +387,13 @@ class TestCommand:
         return parsed.run(parsed)
 
     def test_to_standard_output(self, blob, capsys):
-        assert self.run("--machine-tree", blob) == 0
+        assert self.run("--machine", blob) == 0
         assert machine_from_description(capsys.readouterr().out).reserved == Range(64 * MIB, 192 * MIB)
 
     def test_to_a_file(self, blob, tmp_path, capsys):
         out = tmp_path / "machine.json"
         out.write_text("old")
-        assert self.run("--machine-tree", blob, "--out", out) == 0
+        assert self.run("--machine", blob, "--out", out) == 0
         assert machine_from_description(out.read_text()).memory.total == 2 * GIB
         assert str(out) in capsys.readouterr().out
         assert {path.name for path in tmp_path.iterdir()} == {"host.dtb", "machine.json"}, "nothing temporary is left"
@@ -378,23 +401,23 @@ class TestCommand:
 
     def test_a_link_is_followed_and_a_pipe_written_to(self, blob, tmp_path):
         (tmp_path / "link").symlink_to(tmp_path / "target")
-        assert self.run("--machine-tree", blob, "--out", tmp_path / "link") == 0
+        assert self.run("--machine", blob, "--out", tmp_path / "link") == 0
         assert (tmp_path / "link").is_symlink()
         assert (tmp_path / "target").read_text().startswith("{")
-        assert self.run("--machine-tree", blob, "--out", "/dev/null") == 0
+        assert self.run("--machine", blob, "--out", "/dev/null") == 0
 
     def test_a_write_that_fails_leaves_the_old_file(self, blob, tmp_path, monkeypatch):
         out = tmp_path / "machine.json"
         out.write_text("old")
         monkeypatch.setattr(type(out), "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         with pytest.raises(UsageError, match="No space left"):
-            self.run("--machine-tree", blob, "--out", out)
+            self.run("--machine", blob, "--out", out)
         assert out.read_text() == "old"
         assert {path.name for path in tmp_path.iterdir()} == {"host.dtb", "machine.json"}
 
-    @pytest.mark.parametrize("options", [("--machine-tree", "/nowhere.dtb"), ("--out", "/nowhere/machine.json")])
+    @pytest.mark.parametrize("options", [("--machine", "/nowhere.dtb"), ("--out", "/nowhere/machine.json")])
     def test_files_that_are_not_there(self, blob, options):
-        arguments = options if options[0] == "--machine-tree" else ("--machine-tree", blob, *options)
+        arguments = options if options[0] == "--machine" else ("--machine", blob, *options)
         with pytest.raises(UsageError, match="/nowhere"):
             self.run(*arguments)
 

@@ -46,7 +46,7 @@ INITRD = initrd(5 * MIB)
 
 def partition(version: int) -> Node:
     """Its region crosses from the memory node into dynamic memory."""
-    blocks = [Block(256 * MIB, 4), Block(320 * MIB, 1, 0), Block(336 * MIB, 2, 0x88), Block(368 * MIB, 3)]
+    blocks = [Block(256 * MIB, 4), Block(320 * MIB, 1, 0), Block(336 * MIB, 2, 0x88), Block(368 * MIB, 3, 0x108)]
     return tree(
         memory=[memory_node(0, 256 * MIB)],
         region=Range(128 * MIB, 320 * MIB),

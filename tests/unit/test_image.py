@@ -39,6 +39,7 @@ class TestRead:
     @pytest.mark.parametrize("built_with", [1, 0x72756E30])
     def test_run_at_load_is_set_for_the_placement(self, byteorder, in_place, flag, built_with):
         image = KernelImage.from_bytes(vmlinux(byteorder, flag=built_with))
+        assert image.run_at_load == built_with
         data = image.bytes_to_load(in_place=in_place)
         order = ">" if byteorder == "big" else "<"
         assert struct.unpack_from(order + "I", data, RUN_AT_LOAD_OFFSET) == (flag,)

@@ -441,11 +441,12 @@ class TestLoad:
         now = status(running.root)
         assert (now.loaded, now.reserved_size, now.plan) == (True, 128 * MIB, plan)
         assert sorted((running.root / STATE).parent.iterdir()) == [running.root / STATE, running.root / REQUEST]
-        again = json.loads(status_json(now, ("a CPU came",)))
+        again = json.loads(status_json(now, ("a CPU came",), None))
         assert again == {
             "loaded": True,
             "reserved_size": 128 * MIB,
             "outdated": ["a CPU came"],
+            "quarantine": None,
             "plan": json.loads(plan.to_json()),
         }
 
@@ -530,7 +531,7 @@ class TestStatus:
     def test_loaded_by_somebody_else(self, running):
         running.loaded = True
         assert status(running.root).plan is None
-        assert json.loads(status_json(status(running.root), ()))["plan"] is None
+        assert json.loads(status_json(status(running.root), (), None))["plan"] is None
 
     @pytest.mark.parametrize("record", [b"", b"{}", b"\xff\xfe\x00", b"[" * 100_000], ids=["empty", "object", "binary", "deep"])
     def test_a_record_that_was_lost(self, running, record):

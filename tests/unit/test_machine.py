@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from crashkernel.errors import CrashkernelError, EnvironmentFault, FormatError
 from crashkernel.formats.fdt import DeviceTree, Node
-from crashkernel.machine import Cpu, Lmb, Pages, Region, Services
+from crashkernel.machine import Cpu, Pages, Region, Services
 from crashkernel.machine.devicetree import dynamic_memory, machine_from_tree, memory_nodes, memory_ranges
 from crashkernel.machine.drmem import DynamicMemory, LmbRun
 from crashkernel.machine.kernelfile import kernel_files, running_layout
@@ -130,6 +130,12 @@ class TestPlatform:
         assert machine_from_tree(tree(platform="powernv", extra=[rtas_node()])).platform == "powernv"
 
 
+def single_blocks(found: DynamicMemory) -> list[tuple[Range, int]]:
+    """Each block and its flags, in the order of the property."""
+    starts = [(start, run) for run in found.runs for start in range(run.range.start, run.range.end, run.block)]
+    return [(Range.sized(start, run.block), run.flags) for start, run in starts]
+
+
 class TestDynamicMemory:
     LMB = 256 * MIB
 
@@ -141,40 +147,48 @@ class TestDynamicMemory:
     )
     def test_flags(self, version, flags, usable):
         root = tree(extra=[drmem_node(self.LMB, [Block(4 * GIB, 1, flags)], version)])
-        assert tuple(dynamic_memory(root)) == (Lmb(Range.sized(4 * GIB, self.LMB), usable),)
+        assert dynamic_memory(root).runs == (LmbRun(Range.sized(4 * GIB, self.LMB), self.LMB, flags & 0x188),)
+        assert dynamic_memory(root).usable_blocks == usable
         assert machine_from_tree(root).memory.covers(Range.sized(4 * GIB, self.LMB)) is usable
 
     @given(
-        st.lists(st.builds(Block, st.integers(0, 64).map(lambda n: n * GIB), st.integers(0, 3), st.sampled_from((0, 8, 0x88))))
+        st.lists(
+            st.builds(Block, st.integers(0, 64).map(lambda n: n * GIB), st.integers(0, 3), st.integers(0, (1 << 32) - 1)),
+            max_size=20,
+        )
     )
     def test_both_versions_say_the_same(self, blocks):
         first, second = (dynamic_memory(tree(extra=[drmem_node(self.LMB, blocks, version)])) for version in (1, 2))
-        assert list(first) == list(second)
-        assert [lmb.range.start for lmb in first] == [b.base + i * self.LMB for b in blocks for i in range(b.count)]
+        expected = [(Range.sized(b.base + i * self.LMB, self.LMB), b.flags & 0x188) for b in blocks for i in range(b.count)]
+        usable = [where for where, kept in expected if kept & 0x88 == 0x8]
         for found in (first, second):
-            assert len(found) == len(list(found)) == sum(b.count for b in blocks)
-            assert found.usable_blocks == sum(lmb.usable for lmb in found)
-            assert found.usable == RangeSet(lmb.range for lmb in found if lmb.usable)
+            assert single_blocks(found) == expected
+            assert found.usable_blocks == len(usable)
+            assert found.usable == RangeSet(usable)
             assert all(run.count for run in found.runs)
 
     def test_version_1_is_read_in_runs_however_its_blocks_lie(self):
         """Neighbours of one kind are one run; a hole, a step back or another kind begins the next."""
         blocks = [Block(4 * GIB, 3), Block(8 * GIB, 2), Block(8 * GIB + 2 * self.LMB, 1, 0x80), Block(GIB, 1, 0x80)]
+        blocks += [Block(GIB + self.LMB, 2, 0x108), Block(GIB + 3 * self.LMB, 1, 0x8)]
         found = dynamic_memory(tree(extra=[drmem_node(self.LMB, blocks, 1)]))
         assert found.runs == (
             LmbRun(Range.sized(4 * GIB, 3 * self.LMB), self.LMB, 0x8),
             LmbRun(Range.sized(8 * GIB, 2 * self.LMB), self.LMB, 0x8),
             LmbRun(Range.sized(8 * GIB + 2 * self.LMB, self.LMB), self.LMB, 0x80),
             LmbRun(Range.sized(GIB, self.LMB), self.LMB, 0x80),
+            LmbRun(Range.sized(GIB + self.LMB, 2 * self.LMB), self.LMB, 0x108),
+            LmbRun(Range.sized(GIB + 3 * self.LMB, self.LMB), self.LMB, 0x8),
         )
 
     @pytest.mark.parametrize("version", [1, 2])
     def test_64_tib_are_a_few_objects(self, version):
         node = drmem_node(
-            self.LMB, [Block(GIB, 100_000), Block(GIB + 100_000 * self.LMB, 1, 0), Block(1 << 45, 131_072)], version
+            self.LMB, [Block(GIB, 100_000), Block(GIB + 100_000 * self.LMB, 1, 0), Block(1 << 45, 131_072, 0x108)], version
         )
         found, peak = traced(lambda: DynamicMemory.of(node))
-        assert (len(found), found.usable_blocks, len(found.runs)) == (231_073, 231_072, 3)
+        assert [run.count for run in found.runs] == [100_000, 1, 131_072]
+        assert found.usable_blocks == 231_072
         assert peak < 24 * 231_073 * 4, "a few copies of the property, no object for each block"
 
     @pytest.mark.parametrize("version", [1, 2])
@@ -182,21 +196,22 @@ class TestDynamicMemory:
         blocks = [Block(4 * GIB, 3), Block(8 * GIB, 2, 0x108), Block(9 * GIB, 1, 0x80), Block(10 * GIB, 1, 0)]
         node = drmem_node(self.LMB, blocks, version).with_property("ibm,associativity-lookup-arrays", u32(1, 1, 5))
         reduced = DynamicMemory.of(node).reduced(node)
-        assert list(DynamicMemory.of(reduced)) == list(DynamicMemory.of(node))
+        assert single_blocks(DynamicMemory.of(reduced)) == single_blocks(DynamicMemory.of(node))
+        assert [run.flags for run in DynamicMemory.of(reduced).runs] == [0x8, 0x108, 0x80, 0]
         assert set(reduced.properties) == {"ibm,lmb-size", "ibm,dynamic-memory-v2"}
         assert DynamicMemory.of(reduced).reduced(reduced) == reduced
 
     def test_version_1_rules_when_both_are_there(self):
         node = drmem_node(self.LMB, [Block(4 * GIB)], 1)
         both = node.with_property("ibm,dynamic-memory-v2", u32(0))
-        assert len(dynamic_memory(tree(extra=[both]))) == 1
+        assert dynamic_memory(tree(extra=[both])).usable_blocks == 1
 
     def test_without_blocks_or_block_size_there_is_none(self):
         assert not dynamic_memory(tree()).runs
         node = drmem_node(self.LMB, [Block(4 * GIB)], 1)
-        assert not len(dynamic_memory(tree(extra=[node.without("ibm,lmb-size")])))
-        assert not len(dynamic_memory(tree(extra=[node.with_property("ibm,lmb-size", u64(0))])))
-        assert not len(dynamic_memory(tree(extra=[node.without("ibm,dynamic-memory")])))
+        assert not dynamic_memory(tree(extra=[node.without("ibm,lmb-size")])).runs
+        assert not dynamic_memory(tree(extra=[node.with_property("ibm,lmb-size", u64(0))])).runs
+        assert not dynamic_memory(tree(extra=[node.without("ibm,dynamic-memory")])).runs
 
     @pytest.mark.parametrize("version", [1, 2])
     @pytest.mark.parametrize("cut", [1, 4, 24, 26, 27, 28])
@@ -922,7 +937,18 @@ class TestPages:
             ("pgtable mmap", "pagetable"),
             ("pgtable", "pagetable"),
             ("hwpoison", "poisoned"),
-            ("hwpoison buddy", "poisoned"),
+            ("hwpoison uptodate anon", "poisoned"),  # seen of taken pages: flags of what they were
+            # a memory error's mark, on what somebody has or may get
+            ("hwpoison buddy", "free"),
+            ("hwpoison lru uptodate", "cache"),
+            ("hwpoison lru anon mmap swapbacked", "anonymous"),
+            ("hwpoison slab", "slab"),
+            ("hwpoison pgtable", "pagetable"),
+            ("hwpoison reserved", "kernel"),
+            ("hwpoison offline", "kernel"),
+            ("hwpoison mmap", "kernel"),
+            ("hwpoison head", "kernel"),
+            ("hwpoison tail", "kernel"),
             ("reserved", "kernel"),
             ("reserved mmap", "kernel"),
             ("zero reserved", "kernel"),
@@ -948,9 +974,16 @@ class TestPages:
         expected = [(0, 4, "cache"), (4, 6, "slab"), (6, 9, "kernel"), (9, 11, "anonymous")]
         assert self.uses(tmp_path, data) == expected
 
-    def test_one_poisoned_page_of_a_compound_page(self, tmp_path):
-        data = flags("lru uptodate head hwpoison", "tail", "tail hwpoison", "tail")
-        assert self.uses(tmp_path, data) == [(0, 1, "poisoned"), (1, 2, "cache"), (2, 3, "poisoned"), (3, 4, "cache")]
+    def test_a_memory_error_takes_no_page_of_a_compound_page_from_its_holder(self, tmp_path):
+        data = flags("lru uptodate head hwpoison", "tail", "tail hwpoison", "tail", "slab head", "tail hwpoison", "hwpoison")
+        assert self.uses(tmp_path, data) == [(0, 4, "cache"), (4, 6, "slab"), (6, 7, "poisoned")]
+
+    def test_a_page_taken_out_is_no_head(self, tmp_path):
+        assert self.uses(tmp_path, flags("hwpoison", "tail", "nopage", "tail")) == [
+            (0, 1, "poisoned"),
+            (1, 2, "kernel"),
+            (3, 4, "kernel"),
+        ]
 
     def test_holes_are_left_out(self, tmp_path):
         assert self.uses(tmp_path, flags("buddy", "nopage*2", "buddy")) == [(0, 1, "free"), (3, 4, "free")]

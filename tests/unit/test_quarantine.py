@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crashkernel import quarantine
+from crashkernel.machine.pages import read_pages
 from crashkernel.memory import Range, RangeSet
-from crashkernel.quarantine import Quarantine, Released, release, status, take
+from crashkernel.quarantine import Quarantine, Released, again, release, status, take
 
 PAGE = 0x10000
 PAGES = 64  # of memory
@@ -364,13 +365,54 @@ def test_more_is_taken_later(kernel):
     assert release(kernel.root).given_back == pages(0, 1, 2)
 
 
+def test_asking_again_gets_what_was_let_go_and_needs_no_plan(kernel):
+    assert again(kernel.root) is None
+    kernel.flags[1] = DRIVER
+    kernel.store()
+    assert take(pages(0, 1), PAGE, kernel.root).held
+    assert again(kernel.root).taken == pages(0)
+    kernel.flags[1] = BUDDY
+    kernel.store()
+    assert again(kernel.root) == Quarantine(pages(0, 1), ())
+    kernel.record.write_text("no record")
+    assert again(kernel.root).reason
+
+
 def test_a_memory_errors_pages_are_not_ours_to_give_back(kernel):
     kernel.flags[1:4] = [HWPOISON, HWPOISON | SLAB, HWPOISON | LRU]
     kernel.store()
-    assert take(pages(0, 1, 2), PAGE, kernel.root).taken == pages(0, 1)
-    assert take(pages(0, 1, 2, 3, 4), PAGE, kernel.root).taken == pages(0, 1, 4)
+    assert take(pages(0, 1, 2), PAGE, kernel.root).taken == pages(0)
+    assert take(pages(0, 1, 2, 3, 4), PAGE, kernel.root).taken == pages(0, 4)
+    found = status(kernel.root)
+    assert found is not None
+    assert found.taken == pages(0, 4)
+    held = [(each.range.start // PAGE, each.range.end // PAGE, each.use) for each in found.held]
+    assert held == [(1, 2, "kernel"), (2, 3, "slab"), (3, 4, "cache")]
     assert release(kernel.root) == Released(pages(0, 4), RangeSet())
     assert kernel.poisoned == pages(1, 2, 3)
+
+
+def test_a_page_that_was_never_taken_is_not_called_so_when_nothing_can_be_asked(kernel):
+    kernel.flags[:3] = [HWPOISON, HWPOISON | SLAB, BUDDY]
+    kernel.store()
+    kernel.offline.unlink()
+    assert [held.use for held in take(pages(0, 1, 2), PAGE, kernel.root).held] == ["kernel", "slab", "free"]
+
+
+@given(st.lists(st.integers(0, 27).map(lambda bit: 1 << bit) | st.just(RESERVED), max_size=3).map(sum))
+def test_a_page_is_out_by_the_same_rule_for_the_plan_and_for_the_quarantine(tmp_path_factory, flags):
+    """What `load` takes, the plan that it makes next reads by itself."""
+    kernel = Kernel(tmp_path_factory.mktemp("root"), [BUDDY] * 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quarantine, "_write", kernel.write)
+        assert take(pages(0, 1, 2), PAGE, kernel.root).taken == pages(0, 1, 2)
+        kernel.flags[1] |= flags
+        kernel.store()
+        found = status(kernel.root)
+    assert found is not None
+    read = read_pages(kernel.root, pages(0, 1, 2), PAGE)
+    assert found.taken == RangeSet(each.range for each in read if each.use == "poisoned")
+    assert found.held == tuple(each for each in read if each.use != "poisoned")
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])
@@ -573,7 +615,7 @@ def test_what_was_not_poisoned_before_is_not_afterwards(tmp_path_factory, flags,
             held = RangeSet(each.range for each in found.held)
             assert found.taken | held == whole
             assert not found.taken & held
-            movable = pages(*(number for number, value in enumerate(flags) if value in MOVABLE or value == HWPOISON))
+            movable = pages(*(number for number, value in enumerate(flags) if value in MOVABLE))
             assert found.taken == movable & whole
             assert found.reason == ""
         assert (kernel.poisoned - before - whole).total <= PAGE  # the one that is spent

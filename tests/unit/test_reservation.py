@@ -1,23 +1,26 @@
 """`crashkernel=`: what the kernel makes of it, held against what real kernels made of it."""
 
+import argparse
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crashkernel.errors import UsageError
+from crashkernel.cli.planning import _machine
+from crashkernel.errors import PlanError
 from crashkernel.memory import Range, RangeSet
 from crashkernel.placement.reservation import (
     COMMAND_LINE_SIZE,
-    Request,
-    SizeRange,
     behind_k1,
     low_memory,
     off_limits,
-    parse_crashkernel,
     reserve,
+    specification,
 )
+from crashkernel.report.reservation import draw_reservation
 from support.machines import GIB, MIB, Block, drmem_node, machine, memory_node, tree
 
 RTAS = Range.sized(0x2FFF0000, 0x10000)
@@ -281,7 +284,7 @@ def test_a_region_does_not_reach_into_memory_that_can_be_removed(version, releas
     assert across.range is None
     assert any("can be removed" in reason for reason in across.reasons)
     assert reserve(twin, "512M@2048M").range == Range(2 * GIB, 2 * GIB + 512 * MIB)
-    assert behind_k1(twin, 2 * GIB - 41 * MIB) == Range(41 * MIB, 2 * GIB)
+    assert behind_k1(twin, 2 * GIB - 0x2880000) == Range(0x2880000, 2 * GIB)
     assert behind_k1(twin, 2 * GIB) is None
     same = a_machine(release=release, extra=[drmem_node(256 * MIB, [Block(2 * GIB, 4, 0x8)], version)])
     assert reserve(same, "512M@1792M").range is not None
@@ -316,53 +319,9 @@ def test_fadump_takes_the_place_of_the_region_where_the_firmware_has_it():
 def test_what_the_kernel_does_not_understand_reserves_nothing_and_says_why(word, message):
     found = reserve(a_machine(), f"crashkernel={word} quiet")
     assert (found.range, found.wanted, found.console) == (None, None, (message,))
-    with pytest.raises(UsageError) as error:
-        parse_crashkernel(f"crashkernel={word} quiet")
-    assert "SIZE[@OFFSET]" in error.value.hint
 
 
-# --------------------------------------------------------------------------------------------------------- what people type
-
-
-@pytest.mark.parametrize(
-    ("text", "requests"),
-    [
-        ("512M", [Request("512M", "size", 512 * MIB)]),
-        ("1g@0x2000000", [Request("1g@0x2000000", "size", GIB, 0x2000000)]),
-        ("root=/dev/sda quiet", []),
-        ("", []),
-        ("crashkernel=1G,high crashkernel=64M,low", [Request("1G,high", "high", GIB), Request("64M,low", "low", 64 * MIB)]),
-        ("512M crashkernel=1G,cma", [Request("512M", "size", 512 * MIB), Request("1G,cma", "cma", GIB)]),
-        (
-            "2G-4G:320M,4G-:512M@64M",
-            [
-                Request(
-                    "2G-4G:320M,4G-:512M@64M",
-                    "ranges",
-                    0,
-                    64 * MIB,
-                    (SizeRange(2 * GIB, 4 * GIB, 320 * MIB), SizeRange(4 * GIB, None, 512 * MIB)),
-                )
-            ],
-        ),
-    ],
-)
-def test_every_form_is_read(text, requests):
-    assert list(parse_crashkernel(text)) == requests
-
-
-@pytest.mark.parametrize(
-    "text", ["0512M", "512M@", "512M@64Mx", "1G-:512Mx", "0M", "99999999999T", "1G-2G:64M,", ",high", "64M,"]
-)
-def test_what_the_kernel_would_read_otherwise_than_people_is_an_error(text):
-    with pytest.raises(UsageError):
-        parse_crashkernel(text)
-
-
-def test_a_command_line_that_no_kernel_reads_whole_is_an_error():
-    assert len(parse_crashkernel("crashkernel=1M " * 136)) == 136
-    with pytest.raises(UsageError, match="2055 characters"):
-        parse_crashkernel("crashkernel=1M " * 137)
+def test_a_line_of_nothing_but_the_word_is_read():
     assert reserve(a_machine(), "crashkernel=" * 100_000).range is None
 
 
@@ -399,18 +358,6 @@ def laid_out(pieces):
     return nodes
 
 
-@given(lines)
-def test_reading_what_people_type_gives_requests_or_a_usage_error(text):
-    try:
-        found = parse_crashkernel(text)
-    except UsageError as error:
-        found, hint = (), error.hint
-    else:
-        hint = "none needed"
-    assert hint
-    assert all(request.size > 0 or request.ranges for request in found if request.kind in ("size", "ranges"))
-
-
 @given(lines, releases, memories, st.sampled_from(["pseries", "powernv"]), st.sampled_from([0x1000, 0x10000]))
 def test_whatever_is_granted_is_memory_behind_k1_on_a_page(text, release, pieces, platform, page_size):
     found = a_machine(laid_out(pieces), platform, page_size=page_size)
@@ -434,25 +381,24 @@ def test_whatever_is_granted_is_memory_behind_k1_on_a_page(text, release, pieces
     st.one_of(st.none(), st.integers(41, 2000)),
     st.sampled_from(["5.10.0", "6.1.0", "6.12.0", "7.2.0"]),
 )
-def test_strict_reader_and_kernel_agree_on_what_is_asked_for(size, offset, release):
-    spec = f"{size}M" + (f"@{offset}M" if offset else "")
-    (request,) = parse_crashkernel(spec)
-    made = reserve(a_machine(), spec, release)
-    assert made.requested == (request,)
+def test_size_and_offset_are_those_that_are_written(size, offset, release):
+    made = reserve(a_machine(), f"{size}M" + (f"@{offset}M" if offset else ""), release)
     assert made.wanted is not None
-    assert made.wanted.size == request.size
-    assert not offset or made.wanted.start == request.offset
+    assert made.wanted.size == size * MIB
+    assert not offset or made.wanted.start == offset * MIB
     assert (made.range is not None) == a_machine().memory.covers(made.wanted)
 
 
 # -------------------------------------------------------------------------------------------------------- the mail's variant
 
 
-def test_right_behind_k1_begins_the_next_mib():
+def test_right_behind_k1_leaves_none_of_its_pages_between():
     twin = a_machine(kernel_end=0x2880000)
     region = behind_k1(twin, 512 * MIB)
-    assert region == Range.sized(41 * MIB, 512 * MIB)
-    assert reserve(twin, "512M@41M").range == region
+    assert region == Range.sized(0x2880000, 512 * MIB)
+    assert specification(region) == "512M@41472K"
+    assert reserve(twin, specification(region)).range == region
+    assert behind_k1(a_machine(kernel_end=0x287F000, page_size=0x1000), 512 * MIB) == region, "K2's pages may have 64 KiB"
 
 
 def test_there_may_be_no_room_behind_k1():
@@ -468,7 +414,7 @@ def test_what_lies_behind_k1_is_what_the_kernel_grants(pieces, size, kernel_end,
     region = behind_k1(found, size)
     if region is not None and region.size < found.memory.total:
         assert region.size >= size
-        made = reserve(found, f"{region.size >> 20}M@{region.start >> 20}M")
+        made = reserve(found, specification(region))
         assert made.range == region
 
 
@@ -504,3 +450,45 @@ def test_k1_on_hash_keeps_its_stacks_below_the_rma():
     assert (radix.limit, hashed.limit) == (2 * GIB, 2 * GIB)
     assert hashed.needed - radix.needed == 64 * 3 * 16384
     assert hashed.enough
+
+
+def test_it_is_drawn_with_what_k1_logs_and_who_minds():
+    drawn = draw_reservation("256M@768M", reserve(a_machine(platform="powernv"), "256M@768M"))
+    assert "K1's log says: Reserving 256MB of memory at 768MB for crashkernel" in " ".join(drawn.split())
+    assert "  without hit: 0x30000000-0x33000000" in drawn, "OPAL: K1 grants it all the same"
+    assert "  not at 0x0-0x2880000" in drawn
+    assert max(map(len, drawn.splitlines())) <= 80
+
+
+class TestAsIf:
+    """--crashkernel of `plan` and `compare`: another word, the rest of K1's command line as it is."""
+
+    def machine(self, tmp_path, cmdline, spec, **changes):
+        described = json.loads((Path(__file__).parents[1] / "data/pseries-power9.json").read_text())
+        (tmp_path / "machine.json").write_text(json.dumps(described | {"cmdline": cmdline} | changes))
+        return _machine(argparse.Namespace(machine=tmp_path / "machine.json", crashkernel=spec))[0]
+
+    def test_the_word_is_replaced(self, tmp_path):
+        line = "console=hvc0 crashkernel=1G-:256M,high crashkernel=128M"
+        assert self.machine(tmp_path, line, "256M@128M").reserved == Range(128 * MIB, 384 * MIB)
+
+    def test_a_memory_limit_counts(self, tmp_path):
+        # half of 768 MiB, not of the RMA
+        assert self.machine(tmp_path, "mem=768M", "256M").reserved == Range(384 * MIB, 640 * MIB)
+
+    def test_fadump_counts(self, tmp_path):
+        described = json.loads((Path(__file__).parents[1] / "data/pseries-power9.json").read_text())
+        (rtas,) = [node for node in described["device_tree"]["children"] if node["name"] == "rtas"]
+        rtas["properties"]["ibm,configure-kernel-dump"] = "00000001"
+        more = {"release": "5.14.0-503.el9", "device_tree": described["device_tree"]}
+        with pytest.raises(PlanError, match="fadump is on"):
+            self.machine(tmp_path, "fadump=on", "512M", **more)
+        assert self.machine(tmp_path, "fadump=off", "512M", **more).reserved
+
+    def test_a_region_that_k1_cuts_is_not_planned_with(self, tmp_path):
+        with pytest.raises(PlanError, match="K1 would cut off 0x30000000-0x38000000 of the region"):
+            self.machine(tmp_path, "mem=768M", "512M", release="6.15.0")
+        assert self.machine(tmp_path, "mem=768M", "512M").reserved == Range(384 * MIB, 896 * MIB), "6.1: mem= gives way"
+
+    def test_firmware_inside_the_region_is_the_plans_to_leave_out(self, tmp_path):
+        assert self.machine(tmp_path, "quiet", "512M").reserved == Range(512 * MIB, 1024 * MIB)

@@ -6,6 +6,7 @@ import lzma
 import random
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -15,8 +16,8 @@ from crashkernel.errors import FormatError
 from crashkernel.formats import cpio
 from crashkernel.memory import Range, RangeSet
 from crashkernel.placement import sizing
-from crashkernel.placement.sizing import Initrd, estimate, measure_initrd, recommended
-from support.machines import GIB, MIB
+from crashkernel.placement.sizing import Initrd, estimate, limited_cpus, measure_initrd, possible_cpus, recommended
+from support.machines import GIB, MIB, small_machine
 
 CONTENTS = [b"x" * size for size in (0, 1, 4096, 5000, 70000, 300000)]
 SMALL = sum(-(-len(content) // 4096) * 4096 for content in CONTENTS)
@@ -300,3 +301,38 @@ def test_what_distributions_recommend(memory, cpus, rhel, debian):
     found = {each.vendor: each.size for each in recommended(memory, cpus)}
     assert found == {"rhel": rhel, "debian": debian, "suse": 384 * MIB}
     assert all(each.source for each in recommended(memory, cpus))
+
+
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [
+        ("", 8),
+        ("nr_cpus=4", 4),
+        ("nr_cpus=4 nr_cpus=2", 2),
+        ("nr_cpus=2 nr_cpus=4", 4),
+        ("nr_cpus=16", 8),
+        ("nr_cpus=0", 8),
+        ("nr_cpus=", 8),
+        ("nr_cpus=1x xnr_cpus=1 maxcpus=1", 8),
+    ],
+)
+def test_a_limit_of_cpus_is_read_as_no_lower_than_the_kernel_does(options, left):
+    assert limited_cpus(8, options, "nr_cpus") == left
+
+
+def test_cpus_that_a_partition_may_come_to_have_are_possible():
+    found = small_machine()
+    assert possible_cpus(found) == 2
+    (rtas,) = [node for node in found.device_tree.children if node.name == "rtas"]
+    for capacity, possible in ((5, 5), (1, 2), (0, 2), (0xFFFFFFFF, 8192)):
+        rtas.properties["ibm,lrdr-capacity"] = bytes(16) + capacity.to_bytes(4, "big")
+        assert possible_cpus(found) == possible
+    assert possible_cpus(replace(found, platform="powernv")) == 2
+    rtas.properties["ibm,lrdr-capacity"] = bytes(3)
+    assert possible_cpus(found) == 2
+
+
+def test_an_estimate_knows_whether_it_was_guessed():
+    junk = bytes(range(1, 251)) * 8
+    assert not of(512 * MIB, initrd=measure_initrd(junk)).exact
+    assert of(512 * MIB, initrd=measure_initrd(b"")).exact

@@ -88,11 +88,11 @@ class State:
 class Stepper:
     """A stopped machine. Numbers of CPUs count from 0."""
 
-    def __init__(self, process: subprocess.Popen[bytes], port: socket.socket, mapped: mmap.mmap) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], port: socket.socket, mapped: mmap.mmap, count: int) -> None:
         self._process, self._port = process, port
         self._received = b""
         self._cpu = 0
-        self._little = [False] * 8  # by CPU: the byte order its registers travel in
+        self._little = [False] * count  # by CPU: the byte order its registers travel in
         self._stops: set[int] = set()
         self._threads: dict[int, Path] = {}
         self.memory: BYTES = np.frombuffer(mapped, np.uint8)
@@ -140,7 +140,7 @@ class Stepper:
                     said = errors.read_text(errors="replace").strip()
                     raise EnvironmentFault(f"QEMU did not start: {said.splitlines()[-1] if said else 'it says nothing'}")
                 time.sleep(0.005)
-            yield cls(process, port, mapped)
+            yield cls(process, port, mapped, count)
 
     # -- registers
 
@@ -213,8 +213,15 @@ class Stepper:
         """One instruction; the address of the next, and what these core registers were before it."""
         before = self._on(cpu, *(f"p{self._numbers[name]:x}" for name in names))
         values = [self._number(answer, cpu) for answer in before]
+        start = self._pc(cpu) if len(self._little) > 1 else None
         self._go_on(f"vCont;s:{_thread(cpu)}", _STEP)
-        return self._pc(cpu), *values
+        after = self._pc(cpu)
+        if after == start:
+            # seen once on a busy host: with a second CPU the step ended before it had begun. An instruction that branches to
+            # itself does it twice, and nobody can tell.
+            self._go_on(f"vCont;s:{_thread(cpu)}", _STEP)
+            after = self._pc(cpu)
+        return after, *values
 
     def _pc(self, cpu: int) -> int:
         (answer,) = self._on(cpu, "p40")

@@ -13,6 +13,7 @@ import sys
 from crashkernel import __version__
 from crashkernel.cli import describe, planning, rescue
 from crashkernel.errors import CrashkernelError
+from crashkernel.report.terminal import visible
 
 _DESCRIPTION = """kdump for POWER: decides where the capture kernel goes, loads it, hands the machine over to it when the
 running kernel dies, and proves on a virtual twin that every byte of the dead kernel's memory will be in the dump."""
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         status = int(arguments.run(arguments))
         sys.stdout.flush()
     except CrashkernelError as error:
-        print(f"crashkernel: {error}", file=sys.stderr)
+        print(f"crashkernel: {visible(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("crashkernel: interrupted", file=sys.stderr)

@@ -30,8 +30,7 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--placement",
         choices=PLACEMENTS,
-        default="reserved",
-        help="where K2 runs: exchanged down to address zero, or in its reserved region (default: %(default)s)",
+        help="where K2 runs: exchanged down to address zero, or in its reserved region (default: reserved)",
     )
 
 
@@ -58,10 +57,15 @@ def add_capture_kernel(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--on-damage",
         choices=DAMAGE_POLICIES,
-        default="reboot",
         help="at a panic, when K2 or anything loaded with it is found damaged: say so on the console, then halt, reboot, or "
-        "enter K2 all the same (default: %(default)s)",
+        "enter K2 all the same (default: reboot)",
     )
+
+
+def given(arguments: argparse.Namespace) -> list[str]:
+    """Which of the options that make a request were given, as on the command line."""
+    names = ("placement", "kernel", "initrd", "append", "reuse_cmdline", "on_damage", "no_quarantine", "machine", "crashkernel")
+    return [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name, None) not in (None, False)]
 
 
 def requested(arguments: argparse.Namespace, machine: Machine) -> Request:
@@ -76,8 +80,8 @@ def requested(arguments: argparse.Namespace, machine: Machine) -> Request:
     elif str(initrd) == ".":  # what Path makes of ''
         initrd = None
     return Request(
-        placement=cast("PlacementName", getattr(arguments, "placement", "reserved")),
-        on_damage=cast("DamagePolicy", arguments.on_damage),
+        placement=cast("PlacementName", getattr(arguments, "placement", None) or "reserved"),
+        on_damage=cast("DamagePolicy", arguments.on_damage or "reboot"),
         kernel=str(kernel.absolute()),
         initrd=str(initrd.absolute()) if initrd else "",
         cmdline=_cmdline(arguments, machine),

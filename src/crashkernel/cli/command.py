@@ -46,7 +46,7 @@ def write(path: Path, text: str, option: str) -> None:
             return
         scratch = target.with_name(f".{target.name}-{os.getpid()}")
         try:
-            scratch.write_text(text)
+            scratch.write_text(text, encoding="utf-8")
             scratch.replace(target)
         finally:
             with contextlib.suppress(OSError):

@@ -22,7 +22,7 @@ COMMANDS = ("describe",)
 _EPILOG = f"""examples:
   crashkernel describe --out machine.json           this host, to be planned for on another machine
   crashkernel describe | less                       look at it before you send it
-  crashkernel describe --machine-tree host.dtb      what can be said of a machine by its device tree alone
+  crashkernel describe --machine host.dtb      what can be said of a machine by its device tree alone
 
 in the file:
   memory, the reserved region, firmware's memory, CPUs and where their registers are saved, the MMU, consoles;
@@ -42,13 +42,13 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = add_command(commands, "describe", "write down this machine, to plan for it elsewhere", _EPILOG)
     parser.add_argument("--out", type=Path, metavar="FILE", help="write there, whole or not at all (default: standard output)")
     parser.add_argument(
-        "--machine-tree", type=Path, metavar="DTB", help="describe the machine of this flattened device tree, not this host"
+        "--machine", type=Path, metavar="DTB", help="describe the machine of this flattened device tree, not this host"
     )
     parser.set_defaults(run=_describe)
 
 
 def _describe(arguments: argparse.Namespace) -> int:
-    text = describe(read_machine() if arguments.machine_tree is None else _from_tree(arguments.machine_tree)) + "\n"
+    text = describe(read_machine() if arguments.machine is None else _from_tree(arguments.machine)) + "\n"
     if arguments.out is None:
         print(text, end="")
     else:

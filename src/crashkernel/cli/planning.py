@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING
 
 from crashkernel.cli import choices
 from crashkernel.cli.command import add_command, read, write
-from crashkernel.errors import FormatError, PlanError
+from crashkernel.errors import FormatError, PlanError, UsageError
 from crashkernel.formats.fdt import DeviceTree
 from crashkernel.machine.description import machine_from_description
 from crashkernel.machine.devicetree import machine_from_tree
 from crashkernel.machine.live import read_machine
+from crashkernel.memory import RangeSet
 from crashkernel.placement.comparison import compare, recommend
 from crashkernel.placement.image import KernelImage
 from crashkernel.placement.plan import LoadPlan
-from crashkernel.placement.reservation import reserve
+from crashkernel.placement.reservation import WORD, reserve
 from crashkernel.report.comparison import draw_comparison
 from crashkernel.report.hazards import draw_hazards
 from crashkernel.report.maps import draw_stages
@@ -101,22 +102,28 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
 def _plan(arguments: argparse.Namespace) -> int:
     preface = ""
     if arguments.saved is not None:
+        if given := choices.given(arguments):
+            raise UsageError(
+                f"--from draws a plan as it is: it takes no {' and no '.join(given)}", hint="leave one or the other out"
+            )
         plan = LoadPlan.from_json(read(arguments.saved).decode("utf-8", "replace"), str(arguments.saved))
     else:
         machine, preface = _machine(arguments)
         request = choices.requested(arguments, machine)
         plan = choices.plan_for(request, machine, KernelImage.open(Path(request.kernel)), choices.initrd_of(request)[1])
+    files = []  # all are made before the first is written
     if arguments.plan_out is not None:
-        write(arguments.plan_out, plan.to_json() + "\n", "--plan-out")
-    # drawing for files takes longer to import than all the rest
+        files.append((arguments.plan_out, plan.to_json() + "\n", "--plan-out"))
     if arguments.svg is not None:
-        from crashkernel.report.svg import stages_svg  # noqa: PLC0415
+        from crashkernel.report.svg import stages_svg  # noqa: PLC0415  (takes longer to import than all the rest)
 
-        write(arguments.svg, stages_svg(plan), "--svg")
+        files.append((arguments.svg, stages_svg(plan), "--svg"))
     if arguments.html is not None:
         from crashkernel.report.html import stages_html  # noqa: PLC0415
 
-        write(arguments.html, stages_html(plan), "--html")
+        files.append((arguments.html, stages_html(plan), "--html"))
+    for path, text, option in files:
+        write(path, text, option)
     if arguments.json:
         print(plan.to_json())
         return 0
@@ -141,7 +148,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 
     variants = compare(machine, plan_on)
     recommendation = recommend(variants)
-    drilled = _drilled(arguments.drills) if arguments.drills is not None else {}
+    drilled = _drilled(arguments.drills, variants) if arguments.drills is not None else {}
     if arguments.json:
         print(_comparison_json(variants, recommendation, drilled))
     else:
@@ -155,10 +162,19 @@ def _machine(arguments: argparse.Namespace) -> tuple[Machine, str]:
     machine = _described(arguments.machine) if arguments.machine is not None else read_machine()
     if arguments.crashkernel is None:
         return machine, ""
-    reservation = reserve(machine, arguments.crashkernel)
+    # the kernel finds the word inside others too
+    others = [word for word in machine.cmdline.split() if WORD not in word]
+    reservation = reserve(machine, " ".join([*others, f"{WORD}{arguments.crashkernel}"]))
     if reservation.range is None:
         why = "; ".join((*reservation.reasons, *(f"{r.range}: {r.why}" for r in reservation.refused if r.hit)))
         raise PlanError(f"crashkernel={arguments.crashkernel} would reserve nothing: {why}", hint="choose another SPEC")
+    # a plan leaves out by itself what is refused of a region; what K1 cuts off later it does not know of
+    cut = RangeSet([reservation.range]) - reservation.usable - RangeSet(refusal.range for refusal in reservation.refused)
+    if cut:
+        raise PlanError(
+            f"with crashkernel={arguments.crashkernel} K1 would cut off {cut} of the region: {reservation.reasons[-1]}",
+            hint="choose another SPEC, or take mem= off K1's command line",
+        )
     if not reservation.boots:
         why = reservation.reasons[-1]
         raise PlanError(f"with crashkernel={arguments.crashkernel} K1 would not boot: {why}", hint="choose another SPEC")
@@ -172,20 +188,31 @@ def _described(path: Path) -> Machine:
     return machine_from_description(data.decode("utf-8", "replace"), str(path))
 
 
-def _drilled(path: Path) -> dict[str, str]:
-    """How many drills of each placement passed, of the results in `path`."""
+def _drilled(path: Path, variants: tuple[Variant, ...]) -> dict[str, str]:
+    """How many drills of each variant passed, of the results in `path`; what was not drilled is left out."""
+    results: dict[str, list[bool]] = {}
     try:
-        drills = json.loads(read(path))["drills"]
-        results = [(str(drill["placement"]), drill["verdict"] == "PASS") for drill in drills]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        for drill in json.loads(read(path))["drills"]:
+            if (variant := _drilled_as(drill, variants)) is not None:
+                results.setdefault(variant.name, []).append(drill["verdict"] == "PASS")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(
             "not the results of drills", source=str(path), hint="write them with `crashkernel drill --json FILE`"
         ) from error
-    drilled = {}
-    for placement in {name for name, _ in results}:
-        passed = [ok for name, ok in results if name == placement]
-        drilled[placement] = f"{sum(passed)} of {len(passed)} pass"
-    return drilled
+    return {name: f"{sum(passed)} of {len(passed)} pass" for name, passed in results.items()}
+
+
+def _drilled_as(drill: dict[str, object], variants: tuple[Variant, ...]) -> Variant | None:
+    """The variant that a drill's record is of. Records from before there was a quarantine do not name it: it had none."""
+    placement = drill["placement"]
+    quarantine = placement == "zero" and drill.get("quarantine") is True
+    _, word, spec = str(drill.get("machine", "")).rpartition(WORD)
+    boots = {variant.boot for variant in variants if variant.boot and variant.placement == placement}
+    boot = word + spec if word + spec in boots else ""
+    for variant in variants:
+        if (variant.placement, variant.quarantine, variant.boot) == (placement, quarantine, boot):
+            return variant
+    return None
 
 
 def _comparison_json(variants: tuple[Variant, ...], recommendation: Recommendation, drilled: Mapping[str, str]) -> str:
@@ -203,7 +230,7 @@ def _comparison_json(variants: tuple[Variant, ...], recommendation: Recommendati
                     if variant.cost
                     else None,
                     "plan": json.loads(variant.plan.to_json()) if variant.plan else None,
-                    "drilled": drilled.get(variant.placement, ""),
+                    "drilled": drilled.get(variant.name, ""),
                 }
                 for variant in variants
             ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections import Counter
 from pathlib import Path
@@ -19,6 +20,8 @@ from crashkernel.placement.hazards import quarantinable
 from crashkernel.placement.image import KernelImage
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from crashkernel.machine import Machine
     from crashkernel.placement.plan import LoadPlan
     from crashkernel.quarantine import Quarantine, Released
@@ -50,8 +53,8 @@ exit status:
 """
 
 _STATUS_EPILOG = """exit status:
-  0   loaded, and the machine is the one it was loaded for
-  1   loaded, but CPUs or memory have changed since: run `crashkernel load --refresh`
+  0   loaded, and the machine is the one it was loaded for (or another tool loaded it)
+  1   loaded, but CPUs or memory have changed since (run `crashkernel load --refresh`), or cannot be read (run as root)
   3   not loaded
 """
 
@@ -94,8 +97,11 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _load(arguments: argparse.Namespace) -> int:
     machine = read_machine()
     if arguments.refresh:
-        if arguments.kernel or arguments.initrd or arguments.append is not None or arguments.reuse_cmdline:
-            raise UsageError("--refresh loads what was loaded last", hint="leave the other options out, or leave --refresh out")
+        if given := choices.given(arguments):
+            raise UsageError(
+                f"--refresh loads what was loaded last, with its options: it takes no {' and no '.join(given)}",
+                hint="leave one or the other out",
+            )
         request = loader.requested()
         now = loader.status()
         changes = loader.outdated(now.plan, machine) if now.plan else ("nothing of ours is loaded",)
@@ -114,26 +120,21 @@ def _load(arguments: argparse.Namespace) -> int:
             "cannot read this kernel's first bytes from /proc/kcore", hint="run as root; lockdown forbids it too"
         )
     _refuse(plan)
+    _write_plan(arguments, plan)  # before all else: a path that cannot be written is to change nothing
     where = f"{plan.kernel}, placement {plan.placement}, into {plan.reserved} ({format_size(plan.reserved.size)})"
     if arguments.dry_run:
         loader.assemble(plan, machine, image, initrd)
         _warn(plan)
-        _write_plan(arguments, plan)
         print(f"would load {where}")
         return 0
-    wanted = quarantinable(plan, machine.page_size) if request.quarantine else RangeSet()
-    try:
-        if wanted:
+    with _kept_as_it_was():
+        if wanted := quarantinable(plan, machine.page_size) if request.quarantine else RangeSet():
             machine = _quarantined(wanted, machine)
             plan = choices.plan_for(request, machine, image, measured)
+            _write_plan(arguments, plan)
         payloads = loader.assemble(plan, machine, image, initrd)
         _warn(plan)
-        _write_plan(arguments, plan)  # before the load: a path that cannot be written is to change nothing
         loaded = loader.load(plan, payloads, request)
-    except BaseException:
-        if wanted and not loader.status().loaded:
-            quarantine.release()
-        raise
     if not wanted:
         _tell_released(quarantine.release())
     if not loaded.remembered:
@@ -142,6 +143,21 @@ def _load(arguments: argparse.Namespace) -> int:
     if loaded.unprotected is not None:
         print(f"the kernel frees the old one first: it had none for at most {loaded.unprotected * 1000:.0f} ms")
     return 0
+
+
+@contextlib.contextmanager
+def _kept_as_it_was() -> Iterator[None]:
+    """After a load that fails: no pages in quarantine for nothing, and the user knows whether anything is still loaded."""
+    before, quarantined = loader.status(), quarantine.status() is not None
+    try:
+        yield
+    except BaseException:
+        now = loader.status()
+        if not now.loaded or not quarantined:
+            _tell_released(quarantine.release())
+        if before.loaded and not now.loaded:
+            _complain("the kernel freed the old capture kernel before it refused this one: this machine is not protected now")
+        raise
 
 
 def _write_plan(arguments: argparse.Namespace, plan: LoadPlan) -> None:
@@ -213,16 +229,16 @@ def _complain(text: str) -> None:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    now = loader.status()
-    changes: tuple[str, ...] = ()
+    now, kept = loader.status(), quarantine.status()
+    changes: tuple[str, ...] | None = ()
     unread = ""
     if now.plan is not None:
         try:
             changes = loader.outdated(now.plan, read_machine())
         except CrashkernelError as error:
-            unread = str(error)
+            changes, unread = None, str(error)
     if arguments.json:
-        print(loader.status_json(now, changes))
+        print(loader.status_json(now, changes, kept))
     elif not now.loaded:
         room = format_size(now.reserved_size) if now.reserved_size else "nothing"
         print(f"not loaded; {room} is reserved" + ("" if now.reserved_size else ": boot with crashkernel=512M"))
@@ -237,18 +253,20 @@ def _status(arguments: argparse.Namespace) -> int:
         print(f"loaded; the last load by crashkernel was {plan.kernel}, placement {plan.placement}, {where}")
         print(f"K2's command line: {choices.printable(plan.cmdline)}")
         print(f"its dump will hold {format_size(plan.k1_memory.total)} of memory")
-        if (kept := quarantine.status()) is not None:
+        if kept is not None and kept.reason:
+            print(f"what K1 could hand out of K2's memory: {kept.reason}")
+        elif kept is not None:
             still = f"; in its hands still: {_holders(kept.held)}" if kept.held else ""
             print(f"{format_size(kept.taken.total)} of K2's memory that K1 could hand out are out of its hands{still}")
-            if kept.reason:
-                print(f"  {kept.reason}")
-        if unread:
+        if changes is None:
             print(f"whether the machine has changed since cannot be told: {unread}")
-        for change in changes:
+        for change in changes or ():
             print(f"OUT OF DATE: {change}")
         if changes:
             print("run `crashkernel load --refresh`")
-    return 3 if not now.loaded else 1 if changes else 0
+    if not now.loaded:
+        return EnvironmentFault.exit_code
+    return 0 if changes == () else 1
 
 
 def _unload(arguments: argparse.Namespace) -> int:

@@ -23,7 +23,10 @@ ByteOrder = Literal["little", "big"]
 
 PageUse = Literal["free", "cache", "anonymous", "slab", "pagetable", "kernel", "poisoned"]
 """Who holds a page of K1, as far as K1 tells: nobody; the page cache; a process; K1's own objects; its page tables; K1
-itself or a driver, which it does not tell apart; and "poisoned": taken out of K1's hands for good."""
+itself or a driver, which it does not tell apart; and "poisoned": out of K1's hands, whatever put it there."""
+
+PAGE_SIZES = (1 << 12, 1 << 14, 1 << 16, 1 << 18)
+"""Of any ppc64 kernel, in bytes (arch/powerpc/Kconfig, PPC_*K_PAGES)."""
 
 HEAD_SIZE = 0x100
 """K1's first bytes, in bytes: the ones `kexec_sequence` overwrites before any purgatory runs."""
@@ -67,17 +70,6 @@ class Cpu:
 
 
 @dataclass(frozen=True, slots=True)
-class Lmb:
-    """A logical memory block of a partition's dynamic memory (PAPR, `ibm,dynamic-memory`).
-
-    `usable` follows the kernel's own test (`arch/powerpc/kernel/prom.c`, early_init_drmem_lmb): assigned and not reserved.
-    """
-
-    range: Range
-    usable: bool
-
-
-@dataclass(frozen=True, slots=True)
 class Machine:
     """Everything a plan depends on. All addresses are physical, all sizes bytes."""
 
@@ -85,13 +77,13 @@ class Machine:
     model: str  # the device tree's own words
     mmu: Mmu  # what K1 runs with, and so what K2 will choose
     byteorder: ByteOrder  # of K1
-    page_size: int  # of K1; no plan asks: everything is placed in 64 KiB pages, good for any K1
+    page_size: int  # of K1, one of PAGE_SIZES, 0 when unknown
     memory: RangeSet  # all RAM, the reserved region included
     real_mode: Range  # what a CPU with translation off reaches: the RMA of a partition, everything on bare metal
     cpus: tuple[Cpu, ...]  # all that are present
     reserved: Range | None  # crashkernel=
     firmware: tuple[Region, ...]  # RTAS, OPAL, TCE tables, reserved-memory: live below any kernel
-    initrd: Range | None  # K1's; no plan asks: it is K1's memory like the rest, and freed after its boot
+    initrd: Range | None  # K1's, where it lay when K1 booted
     vmcoreinfo: Range | None
     head: bytes  # K1's first HEAD_SIZE bytes, b"" when nobody could read them
     cmdline: str  # K1's

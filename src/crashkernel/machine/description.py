@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from crashkernel.errors import FormatError
 from crashkernel.formats import fields
 from crashkernel.formats.fdt import MAX_DEPTH, Node
-from crashkernel.machine import HEAD_SIZE, ByteOrder, Cpu, Machine, Mmu, Pages, PageUse, Region
+from crashkernel.machine import HEAD_SIZE, PAGE_SIZES, ByteOrder, Cpu, Machine, Mmu, Pages, PageUse, Region
 from crashkernel.machine.devicetree import DYNAMIC_MEMORY_NODE, machine_from_tree
 from crashkernel.machine.drmem import DynamicMemory
 from crashkernel.memory import Range
@@ -37,7 +37,6 @@ CMDLINE_OPTIONS = (
 MMU or name the console."""
 
 _MAX_CPUS = 8192  # NR_CPUS, arch/powerpc/platforms/Kconfig.cputype
-_MAX_PAGE_SIZE = 1 << 24
 _MAX_TREE = 1 << 32  # totalsize of a flattened tree is a 32-bit number
 
 _CELLS = ("#address-cells", "#size-cells")
@@ -123,7 +122,7 @@ def machine_from_description(text: str, source: str = "description") -> Machine:
             cmdline=fields.line(raw["cmdline"]),
             mmu=fields.one_of(raw["mmu"], get_args(Mmu)),
             byteorder=fields.one_of(raw["byteorder"], get_args(ByteOrder)),
-            page_size=fields.count(raw["page_size"], _MAX_PAGE_SIZE + 1),
+            page_size=_page_size(raw["page_size"]),
             cpus=_cpus_from_json(raw["cpus"]),
             vmcoreinfo=None if raw["vmcoreinfo"] is None else fields.one_range(raw["vmcoreinfo"]),
             head=_head(raw["head"]),
@@ -269,6 +268,13 @@ def _cpus_from_json(raw: Any) -> tuple[Cpu, ...]:
             place = None if note is None else Range.sized(note.start + number * stride, note.size)
             cpus.append(Cpu(first + number, place, online))
     return tuple(cpus)
+
+
+def _page_size(raw: Any) -> int:
+    size = fields.count(raw, max(PAGE_SIZES) + 1)
+    if size and size not in PAGE_SIZES:
+        raise ValueError(f"{size} bytes are no page of a ppc64 kernel's")
+    return size
 
 
 def _head(raw: Any) -> bytes:

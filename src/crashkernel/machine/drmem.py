@@ -1,6 +1,6 @@
 """The dynamic memory of a partition: logical memory blocks that the hypervisor can give and take, in runs.
 
-A 64 TiB partition has 262,144 blocks of 256 MiB, so they are never one object each unless someone walks them. Sources: PAPR
+A 64 TiB partition has 262,144 blocks of 256 MiB, so they are never one object each. Sources: PAPR
 ("ibm,dynamic-memory", "ibm,dynamic-memory-v2"); arch/powerpc/mm/drmem.c, __walk_drmem_v1_lmbs and __walk_drmem_v2_lmbs;
 arch/powerpc/include/asm/drmem.h.
 """
@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from crashkernel.errors import FormatError
 from crashkernel.formats.fdt import Node
-from crashkernel.machine import Lmb
 from crashkernel.memory import Range, RangeSet
 
 if TYPE_CHECKING:
@@ -24,17 +23,21 @@ if TYPE_CHECKING:
 
 ASSIGNED = 0x08  # DRCONF_MEM_ASSIGNED
 RESERVED = 0x80  # DRCONF_MEM_RESERVED
+HOTREMOVABLE = 0x100  # DRCONF_MEM_HOTREMOVABLE: it has come in at run time, and no region reaches across its end
 _V1, _V2 = "ibm,dynamic-memory", "ibm,dynamic-memory-v2"
 _ENTRY = 24  # bytes, in both versions
 _ENTRY_V2 = struct.Struct(">IQIII")  # consecutive blocks, base, drc index, associativity index, flags
 _MAX_LMBS = 1 << 20  # 256 TiB of 256 MiB blocks: more is a corrupt count, not a machine
-_KINDS = bytes(flags & (ASSIGNED | RESERVED) for flags in range(256))
-_SAME_KIND = re.compile(rb"\x00+|\x08+|\x80+|\x88+")
+_KEPT = ASSIGNED | RESERVED | HOTREMOVABLE
+# The flags that are kept, of a block in one byte: the lowest bit of the second byte takes the place of the first's, unused.
+_LOW = bytes(flags & _KEPT for flags in range(256))
+_HIGH = bytes(flags & _KEPT >> 8 for flags in range(256))
+_SAME_KIND = re.compile(b"|".join(b"\\x%02x+" % (low | high) for low in sorted(set(_LOW)) for high in sorted(set(_HIGH))))
 
 
 @dataclass(frozen=True, slots=True)
 class LmbRun:
-    """Blocks of `block` bytes, one behind the other, of which all have the same flags (ASSIGNED, RESERVED; no others)."""
+    """Blocks of `block` bytes, one behind the other, all with the same flags (ASSIGNED, RESERVED, HOTREMOVABLE; no others)."""
 
     range: Range
     block: int
@@ -53,7 +56,7 @@ class LmbRun:
 
 @dataclass(frozen=True, slots=True)
 class DynamicMemory:
-    """All blocks in the order the kernel walks them, which is that of the property. Iterates over single blocks."""
+    """All blocks in the order the kernel walks them, which is that of the property."""
 
     runs: tuple[LmbRun, ...] = ()
 
@@ -85,15 +88,6 @@ class DynamicMemory:
         """Number of blocks a kernel takes for its own."""
         return sum(run.count for run in self.runs if run.usable)
 
-    def __len__(self) -> int:
-        """Number of blocks, usable or not."""
-        return sum(run.count for run in self.runs)
-
-    def __iter__(self) -> Iterator[Lmb]:
-        for run in self.runs:
-            for start in range(run.range.start, run.range.end, run.block):
-                yield Lmb(Range(start, start + run.block), run.usable)
-
     def reduced(self, node: Node) -> Node:
         """Return the node with block size and blocks alone, as version 2: no index that a hypervisor gave them."""
         entries = b"".join(_ENTRY_V2.pack(run.count, run.range.start, 0, 0, run.flags) for run in self.runs)
@@ -103,15 +97,22 @@ class DynamicMemory:
 
 def _runs_v1(data: bytes, size: int) -> Iterator[LmbRun]:
     # { base 64, drc index 32, reserved 32, associativity index 32, flags 32 }: three 64-bit words, of which the first is the
-    # base and the last byte has both flags
+    # base and the last two bytes have the flags
     count = _count(data, _V1)
     body = data[4 : 4 + _ENTRY * count]
     words = array("Q", body)
     if sys.byteorder == "little":
         words.byteswap()
     bases = words[0::3]
-    for same in _SAME_KIND.finditer(body[_ENTRY - 1 :: _ENTRY].translate(_KINDS)):
-        yield from _consecutive(bases[same.start() : same.end()], size, same[0][0])
+    for same in _SAME_KIND.finditer(_kinds(body)):
+        kind = same[0][0]
+        yield from _consecutive(bases[same.start() : same.end()], size, kind & _KEPT | (kind & 1) << 8)
+
+
+def _kinds(body: bytes) -> bytes:
+    """A byte for each block of version 1; as a number all of them are made at once."""
+    low, high = body[_ENTRY - 1 :: _ENTRY].translate(_LOW), body[_ENTRY - 2 :: _ENTRY].translate(_HIGH)
+    return (int.from_bytes(low, "big") | int.from_bytes(high, "big")).to_bytes(len(low), "big")
 
 
 def _consecutive(bases: array[int], size: int, flags: int) -> Iterator[LmbRun]:
@@ -135,7 +136,7 @@ def _runs_v2(data: bytes, size: int) -> Iterator[LmbRun]:
         if total > _MAX_LMBS:
             raise FormatError(f"{_V2} claims {total} memory blocks", source="device tree")
         if count:
-            yield _run(base, count, size, _KINDS[flags & 0xFF])
+            yield _run(base, count, size, flags & _KEPT)
 
 
 def _run(base: int, count: int, size: int, flags: int) -> LmbRun:

@@ -36,7 +36,7 @@ def read_machine(root: Path = Path("/")) -> Machine:
     if not tree.is_dir():
         raise EnvironmentFault(
             f"{tree} is not there: this is not a POWER machine",
-            hint="run on the ppc64 host that is to be protected, or plan for it with --machine-tree FILE.dtb",
+            hint="run on the ppc64 host that is to be protected, or plan for it with --machine FILE",
         )
     machine = machine_from_tree(read_tree(tree), source=str(tree))
     sys_kernel = root / "sys/kernel"

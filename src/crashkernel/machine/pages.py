@@ -26,9 +26,21 @@ if TYPE_CHECKING:
     from crashkernel.memory import RangeSet
 
 _ENTRY = 8  # bytes a page
-_UPTODATE, _LRU, _SLAB, _BUDDY, _ANON = 1 << 3, 1 << 5, 1 << 7, 1 << 10, 1 << 12
-_SWAPBACKED, _TAIL, _HUGE, _HWPOISON, _NOPAGE = 1 << 14, 1 << 16, 1 << 17, 1 << 19, 1 << 20
+_UPTODATE, _LRU, _SLAB, _BUDDY, _MMAP, _ANON = 1 << 3, 1 << 5, 1 << 7, 1 << 10, 1 << 11, 1 << 12
+_SWAPBACKED, _HEAD, _TAIL, _HUGE, _HWPOISON, _NOPAGE = 1 << 14, 1 << 15, 1 << 16, 1 << 17, 1 << 19, 1 << 20
 _OFFLINE, _ZERO_PAGE, _PGTABLE, _RESERVED = 1 << 23, 1 << 24, 1 << 26, 1 << 32
+
+# A page that was taken out is single and in no list. Flags of what it was, such as ANON and UPTODATE, may stay.
+_IN_USE = _LRU | _SLAB | _BUDDY | _MMAP | _HEAD | _TAIL | _OFFLINE | _PGTABLE | _RESERVED
+
+
+def is_out(flags: int) -> bool:
+    """Whether a page of these flags (a word of kpageflags) is out of K1's hands.
+
+    The mark alone does not say so: memory_failure, mm/memory-failure.c, sets it first, and leaves it on a page that it cannot
+    take from whoever has it. Of such a page without any flag, a driver's, it cannot be told.
+    """
+    return bool(flags & _HWPOISON) and not flags & (_IN_USE | _NOPAGE)
 
 
 def read_pages(root: Path, wanted: RangeSet, page_size: int) -> tuple[Pages, ...]:
@@ -72,7 +84,7 @@ def _holders(flags: Iterable[int]) -> Iterator[PageUse | None]:
             known[value] = _holder(value)
         use = known[value]
         if not value & _TAIL:
-            head = _holder(value & ~_HWPOISON) or "kernel"  # a hole is no head
+            head = use if use not in (None, "poisoned") else "kernel"  # neither heads a compound page
         elif use == "kernel":
             use = head  # before folios (6.1) the pages behind a compound page's first have few flags of their own
         yield use
@@ -81,6 +93,8 @@ def _holders(flags: Iterable[int]) -> Iterator[PageUse | None]:
 def _holder(flags: int) -> PageUse | None:
     if flags & _NOPAGE:
         return None
+    if is_out(flags):
+        return "poisoned"
     for bits, use in _USES:
         if flags & bits:
             return use
@@ -88,7 +102,6 @@ def _holder(flags: int) -> PageUse | None:
 
 
 _USES: tuple[tuple[int, PageUse], ...] = (
-    (_HWPOISON, "poisoned"),
     (_BUDDY, "free"),
     (_RESERVED | _OFFLINE | _ZERO_PAGE, "kernel"),  # offline: a balloon's
     (_PGTABLE, "pagetable"),

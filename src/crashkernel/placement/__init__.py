@@ -16,7 +16,7 @@ from crashkernel.machine import Machine, Services
 from crashkernel.machine.devicetree import dynamic_memory
 from crashkernel.memory import Range, RangeSet, align_up, format_size
 from crashkernel.placement import tables
-from crashkernel.placement.hazards import EARLY_ALLOCATIONS, assess
+from crashkernel.placement.hazards import EARLY_ALLOCATIONS, LARGEST_PAGE, assess, slaves_of
 from crashkernel.placement.moves import MAX_MOVES
 from crashkernel.placement.plan import (
     DamagePolicy,
@@ -30,7 +30,7 @@ from crashkernel.placement.plan import (
     loaded_contents,
     to_check,
 )
-from crashkernel.placement.sizing import Initrd, estimate
+from crashkernel.placement.sizing import Initrd, estimate, limited_cpus, possible_cpus
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from crashkernel.placement.image import KernelImage
     from crashkernel.placement.moves import Move
     from crashkernel.placement.sizing import Estimate
+
+__all__ = ["plan_load", "slaves_of"]
 
 PAGE = 0x10000
 """Everything is placed in whole 64 KiB pages: the largest base page of any ppc64 kernel, K1 or K2."""
@@ -83,10 +85,9 @@ def plan_load(
             "no memory is reserved for a capture kernel",
             hint="boot with crashkernel=512M on the kernel command line (check /sys/kernel/kexec_crash_size)",
         )
-    # Hash blocks hold whole radix blocks, so K2 may still choose radix (parse_disable_radix, arch/powerpc/mm/init_64.c).
-    words = cmdline.split()
-    mmu: Mmu = "hash" if machine.mmu == "hash" or any(word.partition("=")[0] == "disable_radix" for word in words) else "radix"
-    block = LINEAR_MAP_BLOCK[mmu]
+    mmu = _k2_mmu(machine, cmdline)
+    # hash blocks hold whole radix blocks: good for both, where K1 and K2 do not choose the same
+    block = LINEAR_MAP_BLOCK["hash" if "hash" in (machine.mmu, mmu) else "radix"]
     firmware = RangeSet(region.range.align_outward(PAGE) for region in machine.firmware)
     table = (_zero if placement == "zero" else _reserved)(machine, image, region, firmware, block)
     k2_memory = table.k2_memory - firmware
@@ -136,8 +137,7 @@ def plan_load(
         real_mode=machine.real_mode,
         reserved=region,
         firmware=machine.firmware,
-        # K2's file tells as much as K1's own if they are the same kernel
-        k1_layout=machine.layout or (image.layout if image.release == machine.release else ()),
+        k1_layout=machine.layout or (image.layout if _same_kernel(machine, image) else ()),
         segments=segments,
         moves=moves,
         entry=table.entry,
@@ -153,16 +153,34 @@ def plan_load(
         on_damage=on_damage,
     )
     check_plan(plan)
-    return replace(plan, hazards=assess(plan, machine, _estimate(machine, image, initrd, words, mmu, k2_memory)))
+    return replace(plan, hazards=assess(plan, machine, _estimate(machine, image, initrd, cmdline, mmu, k2_memory), image, mmu))
 
 
-def _estimate(
-    machine: Machine, image: KernelImage, initrd: Initrd, words: list[str], mmu: Mmu, k2_memory: RangeSet
-) -> Estimate:
+def _k2_mmu(machine: Machine, cmdline: str) -> Mmu:
+    """What K2 will choose: hash if its command line says so, else what a partition has agreed on, or all that the CPU can.
+
+    parse_disable_radix and early_check_vec5, arch/powerpc/mm/init_64.c.
+    """
+    given = [value for key, _, value in (word.partition("=") for word in cmdline.split()) if key == "disable_radix"]
+    # kstrtobool, lib/kstrtox.c
+    if given and not given[-1].lower().startswith(("n", "0", "f", "of")):
+        return "hash"
+    cpus = machine.device_tree.child("cpus")
+    if machine.platform == "powernv" and cpus is not None:
+        return "radix" if any("ibm,processor-radix-AP-encodings" in node.properties for node in cpus.children) else "hash"
+    return machine.mmu
+
+
+def _same_kernel(machine: Machine, image: KernelImage) -> bool:
+    """Whether K2's file tells as much of where K1 has what as K1's own: a release may have been built more than once."""
+    if image.release != machine.release:
+        return False
+    return not machine.kernel_end or align_up(image.span, LARGEST_PAGE) == align_up(machine.kernel_end, LARGEST_PAGE)
+
+
+def _estimate(machine: Machine, image: KernelImage, initrd: Initrd, cmdline: str, mmu: Mmu, k2_memory: RangeSet) -> Estimate:
     """What K2 will need. Of its page size nothing is known but K1's, which distributions build it with too."""
-    pairs = (word.partition("=") for word in words)
-    limits = {key: int(value) for key, _, value in pairs if value.isdecimal() and len(value) < 9}
-    possible = min(len(machine.cpus), limits.get("nr_cpus", len(machine.cpus)))
+    possible = limited_cpus(possible_cpus(machine), cmdline, "nr_cpus")
     return estimate(
         image.span,
         initrd,
@@ -170,18 +188,10 @@ def _estimate(
         mmu,
         machine.page_size or PAGE,
         possible,
-        started=min(possible, limits.get("maxcpus", possible)),
+        started=limited_cpus(possible, cmdline, "maxcpus"),
         k1_memory=machine.memory.total - (machine.reserved.size if machine.reserved else 0),
-        root=any(word.startswith("root=") for word in words),
+        root=any(word.startswith("root=") for word in cmdline.split()),
     )
-
-
-def slaves_of(machine: Machine) -> int:
-    """How many CPUs K1 sends to the purgatory besides the one that crashed.
-
-    On bare metal none: pnv_kexec_cpu_down (arch/powerpc/platforms/powernv/setup.c) hands them back to OPAL.
-    """
-    return 0 if machine.platform == "powernv" else max(0, sum(cpu.online for cpu in machine.cpus) - 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from crashkernel.machine import Pages
 from crashkernel.memory import RangeSet, format_size
 from crashkernel.placement.cost import Cost, cost_of
 from crashkernel.placement.hazards import LARGEST_PAGE, quarantinable
-from crashkernel.placement.reservation import behind_k1
+from crashkernel.placement.reservation import behind_k1, specification
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -30,6 +30,7 @@ class Variant:
     name: str
     placement: PlacementName
     idea: str
+    quarantine: bool = True  # what K1 could hand out of K2's memory is taken out of its hands first; of no use to "reserved"
     boot: str = ""  # what K1 is to be booted with first, "" for as it is
     plan: LoadPlan | None = None
     cost: Cost | None = None
@@ -51,36 +52,33 @@ class Recommendation:
 
 def compare(machine: Machine, plan_on: Callable[[Machine, PlacementName], LoadPlan]) -> tuple[Variant, ...]:
     """The variants on `machine`; `plan_on` makes the plan for a machine and a placement, all else being settled."""
-    return tuple(_worked_out(variant, on, plan_on, quarantine) for variant, on, quarantine in _variants(machine, plan_on))
+    return tuple(_worked_out(variant, on, plan_on) for variant, on in _variants(machine, plan_on))
 
 
-def _variants(
-    machine: Machine, plan_on: Callable[[Machine, PlacementName], LoadPlan]
-) -> Iterator[tuple[Variant, Machine, bool]]:
-    yield Variant("reserved", "reserved", "K2 runs in its region, where it is loaded"), machine, False
+def _variants(machine: Machine, plan_on: Callable[[Machine, PlacementName], LoadPlan]) -> Iterator[tuple[Variant, Machine]]:
+    yield Variant("reserved", "reserved", "K2 runs in its region, where it is loaded", quarantine=False), machine
     try:
         out = quarantinable(plan_on(machine, "zero"), machine.page_size or LARGEST_PAGE)
     except PlanError:
         out = RangeSet([])
     idea = "K2 changes places with K1; what K1 could hand out there is taken out of its hands"
-    yield Variant("zero", "zero", idea), _without(machine, out), True
-    yield Variant("zero, no quarantine", "zero", "K2 changes places with K1, as the mail had it"), machine, False
+    yield Variant("zero", "zero", idea), _without(machine, out)
+    yield Variant("zero, no quarantine", "zero", "K2 changes places with K1, as the mail had it", quarantine=False), machine
     if machine.reserved is not None and machine.kernel_end:
         region = behind_k1(machine, machine.reserved.size)
         if region is not None:
-            boot = f"crashkernel={region.size >> 20}M@{region.start >> 20}M"
+            boot = f"crashkernel={specification(region)}"
             idea = "the mail's other fix: the region begins where K1 ends, and K2 is let grow into it"
-            yield Variant("zero, right behind K1", "zero", idea, boot), _without(machine.booted_with(region), out), True
+            yield Variant("zero, right behind K1", "zero", idea, boot=boot), _without(machine.booted_with(region), out)
 
 
-def _worked_out(
-    variant: Variant, machine: Machine, plan_on: Callable[[Machine, PlacementName], LoadPlan], quarantine: bool
-) -> Variant:
+def _worked_out(variant: Variant, machine: Machine, plan_on: Callable[[Machine, PlacementName], LoadPlan]) -> Variant:
     try:
         plan = plan_on(machine, variant.placement)
     except PlanError as error:
         return replace(variant, obstacle=str(error))
-    return replace(variant, plan=plan, cost=cost_of(plan, machine.page_size or LARGEST_PAGE, quarantine=quarantine))
+    cost = cost_of(plan, machine.page_size or LARGEST_PAGE, quarantine=variant.quarantine)
+    return replace(variant, plan=plan, cost=cost)
 
 
 def _without(machine: Machine, out: RangeSet) -> Machine:
@@ -107,22 +105,33 @@ def _rank(variant: Variant) -> tuple[int, ...]:
 def _reasons(best: Variant, others: list[Variant]) -> Iterator[str]:
     assert best.plan is not None
     assert best.cost is not None
-    dangers = [hazard.title for hazard in best.plan.hazards if hazard.verdict == "dangerous"]
-    yield f"{best.name}: " + (f"the dangers left are {', '.join(dangers)}." if dangers else "no check found a danger.")
+    dangers, unknowns = (_titles(best.plan, verdict) for verdict in ("dangerous", "unknown"))
+    first = f"{best.name}: " + (f"the dangers left are {', '.join(dangers)}." if dangers else "no check found a danger.")
+    if unknowns:
+        first += f" {len(unknowns)} check{'s' * (len(unknowns) > 1)} could not be answered: {', '.join(unknowns)}."
+    yield first
     for other in others:
         if other.plan is None or other.cost is None:
             yield f"{other.name}: cannot be done here: {other.obstacle}"
             continue
-        more = [h.title for h in other.plan.hazards if h.verdict in ("dangerous", "impossible") and h.title not in dangers]
-        if more:
-            yield f"{other.name}: adds {', '.join(more)}."
+        more = [title for title in _titles(other.plan, "dangerous", "impossible") if title not in dangers]
+        unjudged = [title for title in _titles(other.plan, "unknown") if title not in unknowns]
+        if more or unjudged:
+            parts = (("adds", more), ("cannot be judged:", unjudged))
+            said = "; ".join(f"{how} {', '.join(titles)}" for how, titles in parts if titles)
+            yield f"{other.name}: {said}."
         elif other.cost.memory > best.cost.memory:
             yield f"{other.name}: takes {format_size(other.cost.memory - best.cost.memory)} more of K1's memory."
         elif other.boot:
             yield f"{other.name}: needs a reboot with {other.boot}, and gains nothing for it."
         else:
             times = other.cost.instructions / max(1, best.cost.instructions)
-            yield f"{other.name}: as safe, and its handover takes {times:.2f} times the instructions."
+            same = "what could be judged of it is as safe" if unknowns else "as safe"
+            yield f"{other.name}: {same}, and its handover takes {times:.2f} times the instructions."
+
+
+def _titles(plan: LoadPlan, *verdicts: HazardVerdict) -> list[str]:
+    return [hazard.title for hazard in plan.hazards if hazard.verdict in verdicts]
 
 
 def _worst(variant: Variant) -> str:

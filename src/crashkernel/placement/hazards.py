@@ -11,14 +11,16 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from crashkernel.memory import Range, RangeSet, align_up, format_size
+from crashkernel.placement.image import RUN_AT_LOAD_OFFSET, RUN_AT_ZERO, RUN_IN_PLACE
 from crashkernel.placement.plan import Hazard
-from crashkernel.placement.reservation import low_memory
-from crashkernel.placement.sizing import PROCESS_TABLE, recommended
+from crashkernel.placement.reservation import LOW_PER_CPU, LOW_STACKS, LOWEST, low_memory
+from crashkernel.placement.sizing import PROCESS_TABLE, limited_cpus, possible_cpus, recommended
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from crashkernel.machine import Machine, PageUse
+    from crashkernel.machine import Machine, Mmu, PageUse
+    from crashkernel.placement.image import KernelImage
     from crashkernel.placement.plan import HazardVerdict, LoadPlan
     from crashkernel.placement.sizing import Estimate
 
@@ -32,6 +34,9 @@ EARLY_ALLOCATIONS = 2 * _MIB
 
 VECTORS = Range(0, LARGEST_PAGE)
 """What K2 copies to 0 when it runs elsewhere lies in here (copy_to_here, arch/powerpc/kernel/head_64.S)."""
+
+_LOW = Range(0, 2 * _MIB)
+"""Every kernel has text here, and nothing else: the smallest has more than that."""
 
 _NOT_K2S = 2 * LARGEST_PAGE + 16 * _MIB
 """What of a region is not K2's memory, in bytes at the most: the backup of K1's low block, and the purgatory."""
@@ -53,6 +58,8 @@ class _Subject:
     plan: LoadPlan
     machine: Machine
     estimate: Estimate
+    image: KernelImage
+    mmu: Mmu  # K2's
 
     @property
     def at_zero(self) -> bool:
@@ -73,6 +80,11 @@ class _Subject:
         loaded = RangeSet(segment.range for segment in self.plan.segments if segment.content != "kernel")
         return self.plan.k2_memory - loaded - RangeSet([self.k2_image])
 
+    @property
+    def exposed_above_text(self) -> RangeSet:
+        """What K2 takes over beyond what is K1's text whoever built it."""
+        return self.plan.exposed - RangeSet([_LOW])
+
     def k1(self, name: str) -> RangeSet:
         return RangeSet(region.range for region in self.plan.k1_layout if region.name == name)
 
@@ -89,14 +101,25 @@ def _found(verdict: HazardVerdict, reason: str, ranges: Iterable[Range] = (), ad
     return _Finding(verdict, reason, tuple(ranges), advice)
 
 
-def assess(plan: LoadPlan, machine: Machine, estimate: Estimate) -> tuple[Hazard, ...]:
-    """Every check's answer for `plan` on `machine`. `estimate` is what K2 needs of memory."""
-    subject = _Subject(plan, machine, estimate)
+def assess(plan: LoadPlan, machine: Machine, estimate: Estimate, image: KernelImage, mmu: Mmu) -> tuple[Hazard, ...]:
+    """Every check's answer for `plan` on `machine`.
+
+    `estimate` is what K2 needs of memory, `image` is K2's, `mmu` is what K2 will choose.
+    """
+    subject = _Subject(plan, machine, estimate, image, mmu)
     hazards = []
     for name, (title, source, check) in _CHECKS.items():
         found = check(subject)
         hazards.append(Hazard(name, title, found.verdict, found.reason, found.ranges, found.advice, source))
     return tuple(hazards)
+
+
+def slaves_of(machine: Machine) -> int:
+    """How many CPUs K1 sends to the purgatory besides the one that crashed.
+
+    On bare metal none: pnv_kexec_cpu_down (arch/powerpc/platforms/powernv/setup.c) hands them back to OPAL.
+    """
+    return 0 if machine.platform == "powernv" else max(0, sum(cpu.online for cpu in machine.cpus) - 1)
 
 
 def quarantinable(plan: LoadPlan, page_size: int) -> RangeSet:
@@ -115,11 +138,18 @@ def _whole_pages(ranges: RangeSet, page_size: int) -> RangeSet:
 
 
 def _span(subject: _Subject) -> _Finding:
-    span, end = subject.plan.kernel_span, subject.k1_end
-    if not subject.at_zero:
-        return _found("safe", "K2 runs in its own region: it never lies over K1.")
+    span, end, region = subject.plan.kernel_span, subject.k1_end, subject.plan.reserved
     if not end:
         return _found("unknown", "Where K1's image ends could not be read.", advice="Plan on the host.")
+    if region.start < end:
+        return _found(
+            "impossible",
+            f"The region begins inside K1's image, which ends at {end:#x}: K1 would neither reserve it nor load into it.",
+            [Range(region.start, min(end, region.end))],
+            "Describe the machine anew, or choose a region behind K1.",
+        )
+    if not subject.at_zero:
+        return _found("safe", "K2 runs in its own region: it never lies over K1.")
     sizes = f"K2 spans {span:#x} bytes, K1 {end:#x}"
     if span <= end:
         return _found("safe", f"{sizes}: K2's image lies over nothing but K1's.")
@@ -133,12 +163,12 @@ def _span(subject: _Subject) -> _Finding:
 
 def _freed_init(subject: _Subject) -> _Finding:
     init = subject.k1("K1 freed init")
-    if not init and (not subject.at_zero or not subject.plan.exposed.overlaps(Range(VECTORS.end, VECTORS.end + 1))):
-        return _found("safe", "K2 takes over K1's low pages only.")
+    if not init and not (taken := subject.exposed_above_text):
+        return _found("safe", "K2 takes over K1's low pages only, which are its text.")
     if not init:
         return _found(
             "unknown",
-            "K2 takes over all of K1's image, and where in it the init section lies could not be read.",
+            f"K2 takes over {taken}, and where K1's init section lies could not be read.",
             advice="Have K1's own vmlinux in /boot, and plan as root.",
         )
     return _handed_out(subject, init)
@@ -146,8 +176,8 @@ def _freed_init(subject: _Subject) -> _Finding:
 
 def _slack(subject: _Subject) -> _Finding:
     if not subject.k1_end:
-        if not subject.at_zero:
-            return _found("safe", "K2 takes over K1's low pages only.")
+        if not subject.exposed_above_text:
+            return _found("safe", "K2 takes over K1's low pages only, which are its text.")
         return _found("unknown", "Where K1's image ends could not be read.", advice="Plan on the host.")
     behind = subject.plan.memory - RangeSet([Range(0, subject.k1_end)])
     return _handed_out(subject, behind)
@@ -182,16 +212,18 @@ def _handed_out(subject: _Subject, where: RangeSet) -> _Finding:
 
 
 def _static_data(subject: _Subject) -> _Finding:
-    image = RangeSet([Range(VECTORS.end, subject.k1_end)] if subject.k1_end > VECTORS.end else [])
-    hit = subject.plan.exposed & (subject.k1("K1 data") or image)
-    if not hit and not subject.at_zero:
-        return _found("safe", "K1's data stays where it is: a device that writes there changes K1's bytes, and nothing of K2.")
-    return _found(
-        "guarded",
-        "K2 takes over K1's data. The kernel's DMA API forbids buffers in the kernel's image, and CONFIG_DMA_API_DEBUG reports "
-        "them: only a driver that breaks this rule would write into K2.",
-        hit,
+    rule = (
+        "The kernel's DMA API forbids buffers in the kernel's image, and CONFIG_DMA_API_DEBUG reports them: only a driver that "
+        "breaks this rule would write into K2."
     )
+    if not subject.plan.k1_layout:
+        if not (taken := subject.exposed_above_text):
+            return _found("safe", "K2 takes over K1's low pages only, which are its text.")
+        return _found("guarded", f"Where K1's data lies could not be read: K2 may take over some of it. {rule}", taken)
+    hit = subject.plan.exposed & subject.k1("K1 data")
+    if not hit:
+        return _found("safe", "K1's data stays where it is: a device that writes there changes K1's bytes, and nothing of K2.")
+    return _found("guarded", f"K2 takes over K1's data. {rule}", hit)
 
 
 def _early_allocator(subject: _Subject) -> _Finding:
@@ -216,7 +248,7 @@ def _early_allocator(subject: _Subject) -> _Finding:
         )
     # the table comes after what maps its range, which is taken from the range's end
     left = RangeSet(Range(r.start, r.end - EARLY_ALLOCATIONS) for r in free if r.size > EARLY_ALLOCATIONS)
-    if subject.machine.mmu == "radix" and left.find(PROCESS_TABLE, PROCESS_TABLE) is None:
+    if subject.mmu == "radix" and left.find(PROCESS_TABLE, PROCESS_TABLE) is None:
         return _found(
             "dangerous",
             f"Radix wants {format_size(PROCESS_TABLE)} in one piece, aligned to as much, for its process table. No such piece "
@@ -240,6 +272,8 @@ def _rma(subject: _Subject) -> _Finding:
             plan.unchecked,
             f"Move the region down: boot with crashkernel=SIZE@OFFSET, all of it below {plan.real_mode.end:#x}.",
         )
+    if (cramped := _cramped(subject)) is not None:
+        return cramped
     if beyond := RangeSet([plan.reserved]) - RangeSet([plan.real_mode]):
         return _found(
             "guarded",
@@ -248,6 +282,37 @@ def _rma(subject: _Subject) -> _Finding:
             beyond,
         )
     return _found("safe", f"Real mode reaches {plan.real_mode}, and so the whole region.")
+
+
+def _cramped(subject: _Subject) -> _Finding | None:
+    """What K2 keeps for each CPU that may come, on hash in a partition: all of it within its own RMA.
+
+    Which is the first piece of memory that its tree gives it (early_init_dt_add_memory_arch, arch/powerpc/kernel/prom.c).
+    """
+    plan, machine = subject.plan, subject.machine
+    if subject.mmu != "hash" or machine.platform != "pseries" or not plan.k2_mapped:
+        return None
+    rma = RangeSet([plan.k2_mapped.ranges[0]]) & RangeSet([plan.real_mode])
+    free = subject.free & rma
+    possible = possible_cpus(machine)
+    limited = limited_cpus(possible, plan.cmdline, "nr_cpus")
+    each = LOW_PER_CPU + LOW_STACKS
+    if free.total >= LOWEST + possible * each:
+        return None
+    said = (
+        f"On hash K2 keeps {format_size(each)} for each possible CPU below the end of its RMA, which is the first piece of its "
+        f"memory: with {possible} CPUs {format_size(LOWEST + possible * each)}, and {format_size(free.total)} are free there."
+    )
+    most = max(0, free.total - LOWEST) // each
+    if limited < possible and free.total >= LOWEST + limited * each:
+        return _found("guarded", f"{said} nr_cpus= keeps K2 to {limited}, as long as none above CPU {most - 1} panics.", rma)
+    advice = f"Give K2 nr_cpus={max(1, most)} with --append, which holds for a panic on one of these CPUs"
+    return _found(
+        "dangerous",
+        f"{said} K2 would panic before its console works.",
+        rma,
+        f"{advice}; or boot K2 with radix, where the CPU has it." if most else "Choose the other placement, or radix.",
+    )
 
 
 def _firmware(subject: _Subject) -> _Finding:
@@ -275,7 +340,8 @@ def _initrd(subject: _Subject) -> _Finding:
     if moved := subject.plan.exposed & where:
         return _found(
             "guarded",
-            "K1's initrd lay in what moves. K1 freed it when it had booted: the dump follows it like all of K1.",
+            "K1's initrd lay in what moves. Whether K1 freed it or keeps it (retain_initrd), it is K1's memory, and the dump "
+            "follows it.",
             moved,
         )
     return _found("safe", "K2 has a tree and an initrd of its own in the region; K1's are K1's memory like the rest.", where)
@@ -294,7 +360,12 @@ def _hash_table(subject: _Subject) -> _Finding:
         return _found("unknown", "Where K1 has its hash table could not be read.", advice="Plan on the host.")
     table = RangeSet([Range.sized(base, size)])
     if inside := table & RangeSet([plan.reserved]):
-        return _found("impossible", "It lies in the region: K1 refuses the load.", inside, "Choose another region.")
+        return _found(
+            "impossible",
+            "It lies in the region: the load would overwrite the table that K1 runs on, and nothing in K1 prevents it.",
+            inside,
+            "Choose another region.",
+        )
     if moved := table & plan.exposed:
         return _found("guarded", "It is among what moves. Translation is off by then, and K2 makes its own.", moved)
     return _found("safe", "It stays where it is; K2 makes its own.", table)
@@ -320,14 +391,30 @@ def _behind_k1(subject: _Subject) -> _Finding:
 
 
 def _relocatable(subject: _Subject) -> _Finding:
+    if subject.plan.entry % LARGEST_PAGE:
+        return _found(
+            "impossible",
+            f"K2 is to run at {subject.plan.entry:#x}, and it relocates itself by whole pages of {LARGEST_PAGE:#x} bytes only.",
+            [subject.k2_image],
+            "Plan anew.",
+        )
     how = "runs where it was linked" if subject.at_zero else "relocates itself where it lies"
     return _found("safe", f"K2 is linked at zero and relocatable: it {how}.", [subject.k2_image])
 
 
 def _run_at_load(subject: _Subject) -> _Finding:
+    built = subject.image.run_at_load
+    found = f"Built as {built:#x} (offset {RUN_AT_LOAD_OFFSET:#x})"
+    if built not in (RUN_AT_ZERO, RUN_IN_PLACE):
+        return _found(
+            "impossible",
+            f"{found}: that is no such flag, and K2 would run nowhere but at zero.",
+            [subject.k2_image],
+            "Give a kernel with CONFIG_RELOCATABLE=y.",
+        )
     if subject.at_zero:
-        return _found("safe", "Left as built: K2 finds itself at zero and moves nothing.")
-    return _found("safe", "Set to 1 in the loaded image: K2 stays where it is.")
+        return _found("safe", f"{found}, loaded as {RUN_AT_ZERO:#x}: K2 finds itself at zero and moves nothing.")
+    return _found("safe", f"{found}, loaded as {RUN_IN_PLACE:#x}: K2 stays where it is.")
 
 
 def _vectors(subject: _Subject) -> _Finding:
@@ -370,9 +457,10 @@ def _core_header(subject: _Subject) -> _Finding:
 
 def _room(subject: _Subject) -> _Finding:
     estimate, plan = subject.estimate, subject.plan
+    guessed = "" if estimate.exact else " What the initramfs unpacks to is guessed: its format cannot be read here."
     largest = sorted(estimate.needs, key=lambda need: need.size, reverse=True)[:4]
     most = ", ".join(f"{need.name} {format_size(need.size)}" for need in largest)
-    said = f"K2 needs about {format_size(estimate.peak)} of its {format_size(estimate.available)} ({most}, ...)."
+    said = f"K2 needs about {format_size(estimate.peak)} of its {format_size(estimate.available)} ({most}, ...).{guessed}"
     wanted = align_up(estimate.peak * 5 // 4 + _NOT_K2S, 64 * _MIB)
     advised = recommended(plan.memory.total, len(subject.machine.cpus))
     usual = ", ".join(f"{each.vendor} {format_size(each.size)}" for each in advised if each.size)
@@ -401,19 +489,39 @@ def _purgatory(subject: _Subject) -> _Finding:
 
 
 def _hotplug(subject: _Subject) -> _Finding:
-    online = sum(cpu.online for cpu in subject.machine.cpus)
-    more = len(subject.machine.cpus) - online
+    plan, machine = subject.plan, subject.machine
+    online = [cpu for cpu in machine.cpus if cpu.online]
+    again = "Load anew: crashkernel load --refresh."
+    if moved := (machine.memory - plan.memory) | (plan.memory - machine.memory):
+        return _found("dangerous", f"Memory came or went since the plan was made: {moved}.", moved, again)
+    if plan.slaves != slaves_of(machine):
+        return _found(
+            "dangerous",
+            f"K1 sends {slaves_of(machine)} CPUs to the purgatory besides the one that panics, and the plan has {plan.slaves}.",
+            advice=again,
+        )
+    # that of none of them anything is known is core-header's to say
+    silent = [cpu.number for cpu in online if cpu.note is None]
+    if silent and len(silent) < len(online):
+        return _found(
+            "dangerous",
+            f"CPU {', '.join(map(str, silent[:8]))}{', ...' if len(silent) > 8 else ''} came online without a buffer for its "
+            "registers: the dump would lack them.",
+            advice=again,
+        )
     return _found(
         "guarded",
-        f"Planned for {online} CPUs, {more} more that may come, and {format_size(subject.plan.memory.total)} of memory. "
-        "`crashkernel status` tells what came later, `crashkernel load --refresh` renews the load.",
+        f"Planned for {len(online)} CPUs, {len(machine.cpus) - len(online)} more that may come, and "
+        f"{format_size(plan.memory.total)} of memory. `crashkernel status` tells what came later, `crashkernel load --refresh` "
+        "renews the load.",
     )
 
 
 _CHECKS: dict[str, tuple[str, str, Callable[[_Subject], _Finding]]] = {
     "span": (
         "K2's image larger than K1's",
-        "linux,kernel-end: export_crashk_values, arch/powerpc/kexec/core.c",
+        "linux,kernel-end: export_crashk_values, arch/powerpc/kexec/core.c; a segment below K1's end is ETXTBSY: "
+        "machine_kexec_prepare, arch/powerpc/kexec/core_64.c",
         _span,
     ),
     "freed-init": (
@@ -438,12 +546,14 @@ _CHECKS: dict[str, tuple[str, str, Callable[[_Subject], _Finding]]] = {
     ),
     "rma": (
         "reach with translation off",
-        "PAPR: the RMA is the first entry of the memory node at 0; on bare metal there is no limit",
+        "PAPR: the RMA is the first entry of the memory node at 0; on bare metal there is no limit; K2's own: allocate_paca, "
+        "arch/powerpc/kernel/paca.c, and emergency_stack_init, arch/powerpc/kernel/setup_64.c",
         _rma,
     ),
     "firmware": (
         "RTAS, OPAL and TCE tables",
-        "the device tree's linux,rtas-base, opal-base-address, linux,tce-base, /reserved-memory",
+        "the device tree's linux,rtas-base, opal-base-address, linux,tce-base, /reserved-memory; a segment over TCE tables is "
+        "ETXTBSY: machine_kexec_prepare, arch/powerpc/kexec/core_64.c",
         _firmware,
     ),
     "initrd": (
@@ -453,7 +563,7 @@ _CHECKS: dict[str, tuple[str, str, Callable[[_Subject], _Finding]]] = {
     ),
     "hash-table": (
         "the hash page table",
-        "linux,htab-base: export_htab_values; default_machine_kexec_prepare: arch/powerpc/kexec/core_64.c",
+        "linux,htab-base: export_htab_values, arch/powerpc/kexec/core_64.c",
         _hash_table,
     ),
     "behind-k1": (

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 RUN_AT_LOAD_OFFSET = 0x5C
 """Offset of `__run_at_load` in the image, in bytes (arch/powerpc/kernel/head_64.S: "Do not move this variable")."""
-_RUN_AT_ZERO = 0x72756E30  # "run0": K2 copies itself to physical 0 first
-_RUN_IN_PLACE = 1
+RUN_AT_ZERO = 0x72756E30  # "run0": K2 copies itself to physical 0 first
+RUN_IN_PLACE = 1
 _SMALLEST, _LARGEST = 0x100, 1 << 30  # bytes, of which the first are up to the first exception vector: no kernel is outside
 _BANNER = b"Linux version "
 _LONGEST_RELEASE = 65  # __NEW_UTS_LEN, include/uapi/linux/utsname.h
@@ -83,9 +83,7 @@ class KernelImage:
             (load.vaddr - base, view[load.file_offset : load.file_offset + load.file_size]) for load in loads if load.file_size
         )
         image = cls(source, _release(data, elf), elf.byteorder, pieces, span, layout)
-        head = image._flat(_SMALLEST)
-        flag = int.from_bytes(head[RUN_AT_LOAD_OFFSET : RUN_AT_LOAD_OFFSET + 4], elf.byteorder)
-        if len(head) < _SMALLEST or flag not in (_RUN_AT_ZERO, _RUN_IN_PLACE):
+        if len(image._flat(_SMALLEST)) < _SMALLEST or image.run_at_load not in (RUN_AT_ZERO, RUN_IN_PLACE):
             raise FormatError(
                 "no __run_at_load flag: this kernel cannot run where it is loaded",
                 source=source,
@@ -95,6 +93,11 @@ class KernelImage:
         return image
 
     @property
+    def run_at_load(self) -> int:
+        """The word at `RUN_AT_LOAD_OFFSET` as the file has it: `RUN_AT_ZERO`, or `RUN_IN_PLACE` (CONFIG_RELOCATABLE_TEST)."""
+        return int.from_bytes(self._flat(_SMALLEST)[RUN_AT_LOAD_OFFSET : RUN_AT_LOAD_OFFSET + 4], self.byteorder)
+
+    @property
     def data(self) -> bytes:
         """The flat bytes from the image's first to its last that is in the file: tens of MB, made anew each time."""
         return bytes(self._flat())
@@ -102,7 +105,7 @@ class KernelImage:
     def bytes_to_load(self, *, in_place: bool) -> bytes:
         """The image with `__run_at_load` set: `in_place` makes K2 relocate itself where it lies instead of moving to 0."""
         image = self._flat()
-        flag = _RUN_IN_PLACE if in_place else _RUN_AT_ZERO
+        flag = RUN_IN_PLACE if in_place else RUN_AT_ZERO
         image[RUN_AT_LOAD_OFFSET : RUN_AT_LOAD_OFFSET + 4] = flag.to_bytes(4, self.byteorder)
         return bytes(image)
 

@@ -6,13 +6,15 @@ the dump afterwards reads here what the plan promised.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from bisect import bisect_right
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from crashkernel.errors import FormatError, PlanError
+from crashkernel.formats import fields
 from crashkernel.machine import HEAD_SIZE, Region, Services
 from crashkernel.memory import Range, RangeSet, align_up
 from crashkernel.placement.moves import K1, LINE, MAX_MOVES, Check, Copy, Exchange, Extent, Layout, Move, Put
@@ -20,8 +22,6 @@ from crashkernel.placement.tables import LOW_PAGE, PURGATORY_SPAN, SAVE_OFFSET
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-_T = TypeVar("_T", bound=str)
 
 PlacementName = Literal["zero", "reserved"]
 PLACEMENTS: tuple[PlacementName, ...] = ("zero", "reserved")
@@ -190,32 +190,40 @@ class LoadPlan:
             )
         try:
             plan = cls(
-                placement=_one_of(raw["placement"], PLACEMENTS),
-                kernel=_text(raw["kernel"]),
-                kernel_span=_number(raw["kernel_span"]),
-                cmdline=_text(raw["cmdline"]),
-                machine=_text(raw["machine"]),
-                memory=RangeSet(_ranges(raw["memory"])),
-                real_mode=_range(raw["real_mode"]),
-                reserved=_range(raw["reserved"]),
-                firmware=tuple(Region(_text(r["name"]), _range(r["range"])) for r in _list(raw["firmware"])),
-                k1_layout=tuple(Region(_text(r["name"]), _range(r["range"])) for r in _list(raw["k1_layout"])),
-                segments=tuple(
-                    Segment(_one_of(s["content"], _CONTENTS), _range(s["range"]), _number(s["origin"]))
-                    for s in _list(raw["segments"])
+                placement=fields.one_of(raw["placement"], PLACEMENTS),
+                kernel=fields.text(raw["kernel"]),
+                kernel_span=fields.number(raw["kernel_span"]),
+                cmdline=fields.text(raw["cmdline"]),
+                machine=fields.text(raw["machine"]),
+                memory=RangeSet(fields.ranges(raw["memory"])),
+                real_mode=fields.one_range(raw["real_mode"]),
+                reserved=fields.one_range(raw["reserved"]),
+                firmware=tuple(
+                    Region(fields.text(r["name"]), fields.one_range(r["range"])) for r in fields.items(raw["firmware"])
                 ),
-                moves=tuple(_move_from_json(move) for move in _list(raw["moves"])),
-                entry=_number(raw["entry"]),
-                k2_memory=RangeSet(_ranges(raw["k2_memory"])),
-                k2_mapped=RangeSet(_ranges(raw["k2_mapped"])),
-                kept=tuple(Kept(_range(k["range"]), _number(k["location"])) for k in _list(raw["kept"])),
-                notes=tuple(_ranges(raw["notes"])),
-                slaves=_count(raw["slaves"], 1 << 32),  # as wide as the purgatory's parameter block has them
-                slave_timeout=_count(raw["slave_timeout"], 1 << 64),
+                k1_layout=tuple(
+                    Region(fields.text(r["name"]), fields.one_range(r["range"])) for r in fields.items(raw["k1_layout"])
+                ),
+                segments=tuple(
+                    Segment(
+                        fields.one_of(s["content"], _CONTENTS),
+                        fields.one_range(s["range"]),
+                        fields.number(s["origin"]),
+                    )
+                    for s in fields.items(raw["segments"])
+                ),
+                moves=tuple(_move_from_json(move) for move in fields.items(raw["moves"])),
+                entry=fields.number(raw["entry"]),
+                k2_memory=RangeSet(fields.ranges(raw["k2_memory"])),
+                k2_mapped=RangeSet(fields.ranges(raw["k2_mapped"])),
+                kept=tuple(Kept(fields.one_range(k["range"]), fields.number(k["location"])) for k in fields.items(raw["kept"])),
+                notes=tuple(fields.ranges(raw["notes"])),
+                slaves=fields.count(raw["slaves"], 1 << 32),  # as wide as the purgatory's parameter block has them
+                slave_timeout=fields.count(raw["slave_timeout"], 1 << 64),
                 services=_services_from_json(raw["services"]),
-                altivec=_bool(raw["altivec"]),
-                on_damage=_one_of(raw["on_damage"], DAMAGE_POLICIES),
-                hazards=tuple(_hazard_from_json(hazard) for hazard in _list(raw["hazards"])),
+                altivec=fields.boolean(raw["altivec"]),
+                on_damage=fields.one_of(raw["on_damage"], DAMAGE_POLICIES),
+                hazards=tuple(_hazard_from_json(hazard) for hazard in fields.items(raw["hazards"])),
             )
         except KeyError as error:
             raise FormatError(f"field {error} is missing", source=source) from error
@@ -404,9 +412,9 @@ def _move_to_json(move: Move) -> dict[str, str]:
 
 def _move_from_json(raw: Any) -> Move:
     kind = {"copy": Copy, "exchange": Exchange, "put": Put, "check": Check}[
-        _one_of(raw["move"], ("copy", "exchange", "put", "check"))
+        fields.one_of(raw["move"], ("copy", "exchange", "put", "check"))
     ]
-    values = {field.name: _number(raw[field.name]) for field in fields(kind)}
+    values = {field.name: fields.number(raw[field.name]) for field in dataclasses.fields(kind)}
     if values["size"] == 0:
         raise ValueError("a move of nothing")
     return cast("Move", kind(**values))
@@ -425,13 +433,17 @@ def _services_to_json(services: Services) -> dict[str, Any]:
 
 def _services_from_json(raw: Any) -> Services:
     return Services(
-        kind=_one_of(raw["kind"], ("none", "papr", "opal")),
-        console=None if raw["console"] is None else _number(raw["console"]),
-        opal=_pair(raw["opal"]),
-        rtas=_pair(raw["rtas"]),
-        rtas_reboot=_number(raw["rtas_reboot"]),
-        rtas_nmi=_number(raw["rtas_nmi"]),
+        kind=fields.one_of(raw["kind"], ("none", "papr", "opal")),
+        console=None if raw["console"] is None else fields.number(raw["console"]),
+        opal=fields.pair(raw["opal"]),
+        rtas=fields.pair(raw["rtas"]),
+        rtas_reboot=fields.number(raw["rtas_reboot"]),
+        rtas_nmi=fields.number(raw["rtas_nmi"]),
     )
+
+
+def _regions(raw: Any) -> tuple[Region, ...]:
+    return tuple(Region(fields.text(each["name"]), fields.one_range(each["range"])) for each in fields.items(raw))
 
 
 def _hazard_to_json(hazard: Hazard) -> dict[str, Any]:
@@ -448,62 +460,11 @@ def _hazard_to_json(hazard: Hazard) -> dict[str, Any]:
 
 def _hazard_from_json(raw: Any) -> Hazard:
     return Hazard(
-        name=_text(raw["name"]),
-        title=_text(raw["title"]),
-        verdict=_one_of(raw["verdict"], HAZARD_VERDICTS),
-        reason=_text(raw["reason"]),
-        ranges=tuple(_ranges(raw["ranges"])),
-        advice=_text(raw["advice"]),
-        source=_text(raw["source"]),
+        name=fields.text(raw["name"]),
+        title=fields.text(raw["title"]),
+        verdict=fields.one_of(raw["verdict"], HAZARD_VERDICTS),
+        reason=fields.text(raw["reason"]),
+        ranges=tuple(fields.ranges(raw["ranges"])),
+        advice=fields.text(raw["advice"]),
+        source=fields.text(raw["source"]),
     )
-
-
-def _one_of(value: Any, allowed: tuple[_T, ...]) -> _T:
-    if value not in allowed:
-        raise ValueError(f"{value!r} is none of {', '.join(allowed)}")
-    return cast("_T", value)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no string")
-    return value
-
-
-def _number(value: Any) -> int:
-    number = int(_text(value), 16)
-    if not 0 <= number < 1 << 64:
-        raise ValueError(f"{value} is no 64-bit address")
-    return number
-
-
-def _count(value: Any, limit: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < limit:
-        raise ValueError(f"{value!r} is no count below {limit:#x}")
-    return value
-
-
-def _bool(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{value!r} is neither true nor false")
-    return value
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    first, second = _list(value, 2)
-    return _number(first), _number(second)
-
-
-def _list(value: Any, length: int | None = None) -> list[Any]:
-    if not isinstance(value, list) or (length is not None and len(value) != length):
-        raise TypeError(f"{value!r} is no list" + (f" of {length}" if length is not None else ""))
-    return value
-
-
-def _range(value: Any) -> Range:
-    start, _, end = _text(value).partition("-")
-    return Range(_number(start), _number(end))
-
-
-def _ranges(value: Any) -> list[Range]:
-    return [_range(item) for item in _list(value)]

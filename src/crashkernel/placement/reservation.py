@@ -1,8 +1,8 @@
 """What K1's kernel makes of `crashkernel=`: which region it reserves on this machine, what it refuses and what that costs.
 
 The kernel parses its whole command line for the word, and what it does with it depends on its release. So `reserve` follows the
-kernel's own functions, character by character where people and kernel read differently; `parse_crashkernel` is the strict
-reader, for what people type. The rules were held against real kernels (`tests/unit/test_reservation.py` has what was seen).
+kernel's own functions, character by character where people and kernel read differently. The rules were held against real
+kernels (`tests/unit/test_reservation.py` has what was seen, messages included).
 
 What changed when, on ppc64:
 
@@ -24,7 +24,6 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from crashkernel.errors import UsageError
 from crashkernel.machine.devicetree import DYNAMIC_MEMORY_NODE
 from crashkernel.memory import Range, RangeSet, align_down, align_up, format_size
 
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 
     from crashkernel.machine import Machine
 
-Kind = Literal["size", "ranges", "high", "low", "cma"]
 Refuser = Literal["kernel", "crashkernel"]
 """Who refuses: K1's kernel, which then reserves nothing; or this project, which makes no use of what the kernel grants."""
 
@@ -57,35 +55,10 @@ _LARGE_PAGE = 16 * _MIB  # newer kernels cut their memory to a multiple of it
 _ADDRESS_SPACE = 1 << 64
 _PHYSICAL_SPACE = 1 << 51  # MAX_PHYSMEM_BITS, arch/powerpc/include/asm/book3s/64/mmu.h
 
-_SYNTAX = "SIZE[@OFFSET], START-[END]:SIZE[,...][@OFFSET], SIZE,high, SIZE,low or SIZE,cma; sizes like 512M"
-
 _CORE = "arch/powerpc/kexec/core.c"
 _PARSER = "kernel/crash_reserve.c, parse_crashkernel"
 _HASH = "arch/powerpc/mm/book3s64/hash_utils.c"
 _RMA_LIMIT = "hash__setup_initial_memory_limit"
-
-
-@dataclass(frozen=True, slots=True)
-class SizeRange:
-    """One `START-[END]:SIZE`: `size` bytes are reserved on a machine of `start` up to, not including, `end` bytes."""
-
-    start: int
-    end: int | None  # None: no upper end
-    size: int
-
-    def __str__(self) -> str:
-        return f"{_short(self.start)}-{'' if self.end is None else _short(self.end)}:{_short(self.size)}"
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One `crashkernel=` as written. `size` is 0 for ranges, `offset` 0 where the kernel is to choose; both bytes."""
-
-    text: str
-    kind: Kind
-    size: int = 0
-    offset: int = 0
-    ranges: tuple[SizeRange, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +86,6 @@ class Reservation:
 
     range: Range | None
     wanted: Range | None
-    requested: tuple[Request, ...]
     reasons: tuple[str, ...]
     refused: tuple[Refusal, ...]
     console: tuple[str, ...]
@@ -181,20 +153,7 @@ class _Rules:
         return (",high", ",low", ",cma") if self.cma_known else (",high", ",low")
 
 
-# --------------------------------------------------------------------------------------------------------- what people type
-
-
-def parse_crashkernel(cmdline_or_spec: str) -> tuple[Request, ...]:
-    """Every `crashkernel=` of a kernel's command line, or one specification without the word, in the order written.
-
-    Strict: what a kernel would not understand, would read differently from people (a leading zero makes a number octal) or
-    would read only half of is an error. Source: kernel/crash_reserve.c, parse_crashkernel_simple, _mem and _suffix.
-    :raise UsageError: such a word, the hint says how it is written; or more than COMMAND_LINE_SIZE, which no kernel reads.
-    """
-    line = _command_line(cmdline_or_spec)
-    if len(line) >= COMMAND_LINE_SIZE:
-        raise UsageError(f"{len(line)} characters", hint=f"a kernel reads {COMMAND_LINE_SIZE - 1} of its command line")
-    return tuple(_request(word) for word in _words(line))
+# ---------------------------------------------------------------------------------------------------- what the kernel reads
 
 
 def _command_line(text: str) -> str:
@@ -206,56 +165,6 @@ def _command_line(text: str) -> str:
 def _words(cmdline: str) -> list[str]:
     # get_last_crashkernel finds the word anywhere, also inside another one, and ends it at a space
     return [found[1] for found in re.finditer(rf"(?={WORD}([^ ]*))", cmdline)]
-
-
-def _request(text: str) -> Request:
-    for kind, suffix in _SUFFIXES.items():
-        if text.endswith(suffix):
-            return Request(text, kind, _size(text, text.removesuffix(suffix)))
-    body, at, offset = text.partition("@")
-    base = _size(text, offset) if at else 0
-    if ":" not in body:
-        size = _size(text, body)
-        if not size:
-            raise UsageError(f"crashkernel={text} asks for nothing", hint=_SYNTAX)
-        return Request(text, "size", size, base)
-    return Request(text, "ranges", 0, base, tuple(_size_range(text, entry) for entry in body.split(",")))
-
-
-_SUFFIXES: dict[Kind, str] = {"high": ",high", "low": ",low", "cma": ",cma"}
-
-
-def _size_range(text: str, entry: str) -> SizeRange:
-    found = re.fullmatch(r"([^-:]*)-([^-:]*):([^-:]*)", entry)
-    if not found:
-        raise UsageError(f"{entry!r} in crashkernel={text} is not START-[END]:SIZE", hint=_SYNTAX)
-    start, size = _size(text, found[1]), _size(text, found[3])
-    end = _size(text, found[2]) if found[2] else None
-    if end is not None and end <= start:
-        raise UsageError(f"{entry!r} in crashkernel={text} ends before it starts", hint=_SYNTAX)
-    return SizeRange(start, end, size)
-
-
-def _size(text: str, number: str) -> int:
-    # memory.parse_size, and memparse's P and E besides
-    value, end = _memparse(number, 0)
-    octal = re.match(r"0[0-9]", number)
-    if octal or not number or end != len(number):
-        why = f"{number!r} is octal to the kernel" if octal else f"{number!r} is not a size"
-        raise UsageError(f"crashkernel={text}: {why}", hint=_SYNTAX)
-    if value >= _ADDRESS_SPACE:
-        raise UsageError(f"crashkernel={text}: {number!r} does not fit in 64 bits", hint=_SYNTAX)
-    return value
-
-
-def _short(size: int) -> str:
-    for shift, letter in ((40, "T"), (30, "G"), (20, "M"), (10, "K")):
-        if size and size % (1 << shift) == 0:
-            return f"{size >> shift}{letter}"
-    return hex(size)
-
-
-# ---------------------------------------------------------------------------------------------------- what the kernel reads
 
 
 class _Unread(Exception):
@@ -384,7 +293,6 @@ class _Reserver:
         return Reservation(
             range=granted,
             wanted=self._wanted,
-            requested=_requests(self._cmdline),
             reasons=tuple(self._reasons),
             refused=off_limits(self._machine, granted or self._wanted),
             console=tuple(self._console),
@@ -600,16 +508,6 @@ class _Reserver:
             self._console.append(message)
 
 
-def _requests(cmdline: str) -> tuple[Request, ...]:
-    found = []
-    for word in _words(cmdline):
-        try:
-            found.append(_request(word))
-        except UsageError:
-            continue  # what the kernel makes of it is among the reasons
-    return tuple(found)
-
-
 # ------------------------------------------------------------------------------------------------------------ the memory
 
 
@@ -688,15 +586,28 @@ def behind_k1(machine: Machine, size: int) -> Range | None:
     """The lowest region of `size` bytes or a little more behind K1's image that the kernel grants; None when there is none.
 
     None also when nobody knows where K1's image ends. The 2005 mail's answer to a K2 larger than K1: the region starts at
-    klimit, so that an exchange with K2 touches nothing of K1's but its image. Whole MiB, so that people can write it down.
+    klimit, so that an exchange with K2 touches nothing of K1's but its image. Whole pages of 64 KiB, and no
+    more: what lies between the two is K1's to hand out.
     `low_memory` says what it costs.
     :raise ValueError: when `size` is not positive.
     """
     if not machine.kernel_end:
         return None
-    k1 = RangeSet([Range(0, align_up(machine.kernel_end, _MIB))])
-    found = ((memory - k1).find(align_up(size, _MIB), _MIB) for memory in _memblocks(machine))
+    k1 = RangeSet([Range(0, align_up(machine.kernel_end, _PAGE))])
+    found = ((memory - k1).find(align_up(size, _PAGE), _PAGE) for memory in _memblocks(machine))
     return min((each for each in found if each is not None), default=None)
+
+
+def specification(region: Range) -> str:
+    """`region` as it is written behind `crashkernel=`: "512M@41472K"."""
+    return f"{_short(region.size)}@{_short(region.start)}"
+
+
+def _short(size: int) -> str:
+    for shift, letter in ((40, "T"), (30, "G"), (20, "M"), (10, "K")):
+        if size and size % (1 << shift) == 0:
+            return f"{size >> shift}{letter}"
+    return hex(size)
 
 
 def low_memory(machine: Machine, region: Range) -> tuple[LowMemory, ...]:
@@ -705,9 +616,9 @@ def low_memory(machine: Machine, region: Range) -> tuple[LowMemory, ...]:
     The mail asks whether anybody minds that a region right behind K1's image eats up low memory, and answers: RTAS does.
     """
     cpus = len(machine.cpus)
-    least = K1_LOWEST + cpus * _PER_CPU
+    least = LOWEST + cpus * LOW_PER_CPU
     if machine.platform == "pseries":
-        rma = least + cpus * _STACKS if machine.mmu == "hash" else least
+        rma = least + cpus * LOW_STACKS if machine.mmu == "hash" else least
         limits = [
             ("RTAS and the buffers shared with it", RTAS_LIMIT, least, "arch/powerpc/kernel/rtas.c, rtas_initialize"),
             ("the RMA, where K1 keeps what it uses with translation off", machine.real_mode.end, rma, f"{_HASH}, {_RMA_LIMIT}"),
@@ -723,9 +634,13 @@ def low_memory(machine: Machine, region: Range) -> tuple[LowMemory, ...]:
     return tuple(found)
 
 
-K1_LOWEST = 2 * _MIB
-"""Bytes of low memory with which K1 still boots, of one CPU: seen of Debian 6.1 and 7.2, on POWER8 and POWER9, when all between
-2 MiB behind their image and 1 GiB was reserved. With none left they died without a word on the console."""
+LOWEST = 2 * _MIB
+"""Bytes of low memory with which a kernel still boots, of one CPU: seen of Debian 6.1 and 7.2, on POWER8 and POWER9, when all
+between 2 MiB behind their image and 1 GiB was reserved. With none left they died without a word on the console."""
 
-_PER_CPU = 8 << 10  # its paca and lppaca (arch/powerpc/kernel/paca.c)
-_STACKS = 48 << 10  # three for emergencies (arch/powerpc/kernel/setup_64.c, emergency_stack_init), below the RMA on hash
+LOW_PER_CPU = 8 << 10
+"""Bytes of low memory for each possible CPU: its paca and lppaca (arch/powerpc/kernel/paca.c)."""
+
+LOW_STACKS = 48 << 10
+"""Bytes below the RMA for each possible CPU, on hash: three stacks for emergencies (emergency_stack_init,
+arch/powerpc/kernel/setup_64.c)."""

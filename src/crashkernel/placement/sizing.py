@@ -30,7 +30,7 @@ from crashkernel.memory import Range, RangeSet, align_up, format_size
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from crashkernel.machine import Mmu
+    from crashkernel.machine import Machine, Mmu
 
 Phase = Literal["always", "unpacking", "capturing"]
 Verdict = Literal["ample", "tight", "too small"]
@@ -361,6 +361,7 @@ class Estimate:
 
     needs: tuple[Need, ...]
     available: int
+    exact: bool = True  # the initrd was counted, not guessed
 
     def during(self, phase: Phase) -> int:
         """Bytes in use at that time; "always" is what K2 needs without an initrd, doing nothing."""
@@ -400,6 +401,8 @@ _RUNTIME_LARGE, _RUNTIME_SMALL = 30 * _MIB, 16 * _MIB
 _POSSIBLE_LARGE: dict[Mmu, int] = {"radix": 768 * _KIB, "hash": 1152 * _KIB}
 _POSSIBLE_SMALL = 256 * _KIB
 _STARTED_LARGE, _STARTED_SMALL = 7 * _MIB, _MIB
+
+_MOST_CPUS = 8192  # NR_CPUS at its most, arch/powerpc/platforms/Kconfig.cputype
 
 _CAPTURE_PROGRAM = 12 * _MIB
 _CORE_PAGE_BITS = 2  # makedumpfile's two bitmaps of K1's pages
@@ -468,7 +471,30 @@ def estimate(
             "capturing",
         ),
     ]
-    return Estimate(tuple(need for need in needs if need.size), k2_memory.total)
+    return Estimate(tuple(need for need in needs if need.size), k2_memory.total, initrd.exact)
+
+
+def possible_cpus(machine: Machine) -> int:
+    """How many CPUs K2 keeps data for, started or not, unless nr_cpus= limits it.
+
+    In a partition that is as many as it may ever have (ibm,lrdr-capacity: smp_setup_cpu_maps,
+    arch/powerpc/kernel/setup-common.c).
+    """
+    present = len(machine.cpus)
+    rtas, cpus = machine.device_tree.child("rtas"), machine.device_tree.child("cpus")
+    if machine.platform != "pseries" or rtas is None or cpus is None:
+        return present
+    # an address and a size of two cells each, then the number of cores
+    cores = int.from_bytes(rtas.properties.get("ibm,lrdr-capacity", b"")[16:20], "big")
+    threads = max((len(node.properties.get("ibm,ppc-interrupt-server#s", b"")) // 4 for node in cpus.children), default=0)
+    return max(present, min(cores * threads, _MOST_CPUS))
+
+
+def limited_cpus(cpus: int, cmdline: str, option: str) -> int:
+    """`cpus`, or as few as K2's command line allows with `option`: nr_cpus or maxcpus, of which the last counts."""
+    values = [value for key, _, value in (word.partition("=") for word in cmdline.split()) if key == option]
+    limits = [int(value) for value in values if value.isdecimal() and len(value) < 9]
+    return min(cpus, limits[-1]) if limits and limits[-1] else cpus
 
 
 def _bitmaps(k1_memory: int, page_size: int) -> int:

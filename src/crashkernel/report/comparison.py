@@ -32,7 +32,7 @@ def draw_comparison(
     colour: bool = False,
     width: int = 80,
 ) -> str:
-    """The table as text. `drilled` is what drills showed of each placement, by its name."""
+    """The table as text. `drilled` is what drills showed of each variant, by its name."""
     column = max(12, (width - _LABEL) // max(1, len(variants)))
     lines = []
     for number, variant in enumerate(variants, 1):
@@ -49,7 +49,7 @@ def draw_comparison(
             lines.append(_row(f"{word} checks", cells, column))
     for label, show in _COSTS:
         lines.append(_row(label, [show(variant.cost) if variant.cost else "-" for variant in variants], column))
-    lines.append(_row("drilled", [drilled.get(variant.placement, "no") for variant in variants], column))
+    lines.append(_row("drilled", [drilled.get(variant.name, "no") for variant in variants], column))
     differing = _differing(variants)
     if differing:
         lines += ["", "what the checks say where they differ or warn"]

@@ -19,8 +19,11 @@ def draw_reservation(asked: str, reservation: Reservation, width: int = 80) -> s
         lines += wrap(reason, width, "  ", "    ")
     if reservation.cma:
         lines.append(f"  {format_size(reservation.cma)} more of K1's movable memory (cma): not for a capture kernel's image")
+    for message in reservation.console:
+        lines += wrap(f"K1's log says: {message}", width, "  ", "    ")
     for refusal in reservation.refused:
         mark = "hit: " if refusal.hit else ""
         text = f"{mark}{refusal.range} ({format_size(refusal.range.size)}): {refusal.why} ({refusal.source})"
-        lines += wrap(text, width, "  not at ", "         ")
+        # what K1 grants all the same is cut out
+        lines += wrap(text, width, "  not at " if refusal.by == "kernel" else "  without ", "         ")
     return "\n".join(lines)
