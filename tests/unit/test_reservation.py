@@ -455,8 +455,8 @@ def test_k1_on_hash_keeps_its_stacks_below_the_rma():
 def test_it_is_drawn_with_what_k1_logs_and_who_minds():
     drawn = draw_reservation("256M@768M", reserve(a_machine(platform="powernv"), "256M@768M"))
     assert "K1's log says: Reserving 256MB of memory at 768MB for crashkernel" in " ".join(drawn.split())
-    assert "  without hit: 0x30000000-0x33000000" in drawn, "OPAL: K1 grants it all the same"
-    assert "  not at 0x0-0x2880000" in drawn
+    assert "  K2 is not given 0x30000000-0x33000000" in drawn, "OPAL: K1 grants it all the same"
+    assert "  it would be refused at 0x0-0x2880000" in drawn
     assert max(map(len, drawn.splitlines())) <= 80
 
 

@@ -22,8 +22,14 @@ def draw_reservation(asked: str, reservation: Reservation, width: int = 80) -> s
     for message in reservation.console:
         lines += wrap(f"K1's log says: {message}", width, "  ", "    ")
     for refusal in reservation.refused:
-        mark = "hit: " if refusal.hit else ""
-        text = f"{mark}{refusal.range} ({format_size(refusal.range.size)}): {refusal.why} ({refusal.source})"
-        # what K1 grants all the same is cut out
-        lines += wrap(text, width, "  not at " if refusal.by == "kernel" else "  without ", "         ")
+        text = f"{refusal.range} ({format_size(refusal.range.size)}): {refusal.why} ({refusal.source})"
+        # what K1 grants all the same is cut out of what K2 gets
+        told = (
+            "  it would be refused at "
+            if refusal.by == "kernel"
+            else "  K2 is not given "
+            if refusal.hit
+            else "  K2 would not be given "
+        )
+        lines += wrap(text, width, told, "    ")
     return "\n".join(lines)
