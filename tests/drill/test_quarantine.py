@@ -1,19 +1,17 @@
 """A real K1 parts with its freed init pages and what lies behind its image, gives them to nobody, and gets them back."""
 
-import io
 import json
-import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from crashkernel.drill.debian import resolve_kernel
-from crashkernel.drill.guest import NONCE_SIZE, build_crash_image, fetch_userland, resolve_modules
+from crashkernel.drill.guest import fetch_userland, resolve_modules
 from crashkernel.formats import cpio
 from crashkernel.memory import Range, align_down, align_up
 from crashkernel.placement.image import KernelImage
+from support.k1 import console_of
 
 HERE = Path(__file__).parent
 
@@ -34,10 +32,8 @@ sleep 60
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict:
     """What the program in K1 found."""
-    if shutil.which("qemu-system-ppc64") is None:
-        pytest.skip("qemu-system-ppc64 is not installed")
     directory = tmp_path_factory.mktemp("quarantine")
-    kernel, userland = resolve_kernel("debian:bookworm"), fetch_userland()
+    kernel = resolve_kernel("debian:bookworm")
     image = KernelImage.from_bytes(kernel.vmlinux.read_bytes())
     page = 0x10000
     init = next(region.range for region in image.layout if region.name == "K1 freed init")
@@ -45,32 +41,23 @@ def found(tmp_path_factory) -> dict:
     ranges = [[align_up(init.start, page), align_down(init.end, page)], [behind.start, behind.end]]
     nothing = directory / "nothing"  # no K2 is loaded
     nothing.touch()
-    initrd = build_crash_image(
-        kernel, replace(kernel, vmlinux=nothing), nothing, userland, directory / "crash.cpio", nonce=bytes(NONCE_SIZE)
-    )
-    overlay = io.BytesIO()  # what a later archive has replaces what an earlier one had
     (module,) = resolve_modules(kernel, ["hwpoison_inject"])
-    cpio.write(
-        overlay,
+    console = console_of(
+        directory,
+        kernel,
+        fetch_userland(),
+        (replace(kernel, vmlinux=nothing), nothing),
+        INIT,
         [
-            cpio.Entry.file("init", INIT, 0o755),
             cpio.Entry.file("modules/hwpoison_inject.ko", module.data, 0o644),
             cpio.Entry.directory("etc/quarantine"),
             cpio.Entry.file("etc/quarantine/ranges", json.dumps(ranges).encode(), 0o644),
             cpio.Entry.file("etc/quarantine/test.py", (HERE / "quarantine_in_k1.py").read_bytes(), 0o644),
         ],
+        options=("-smp", "2", "-m", "512"),
     )
-    with initrd.open("ab") as archive:
-        archive.write(overlay.getvalue())
-    command = [
-        "qemu-system-ppc64",
-        *("-machine", "pseries,cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-htm=off", "-cpu", "POWER9", "-smp", "2"),
-        *("-m", "512", "-accel", "tcg,thread=multi", "-display", "none", "-nodefaults", "-no-reboot", "-serial", "stdio"),
-        *("-kernel", str(kernel.vmlinux), "-initrd", str(initrd), "-append", "console=hvc0 quiet rdinit=/init"),
-    ]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=400, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("QUARANTINE ")]
-    assert len(lines) == 1, done.stdout[-4000:] + done.stderr
+    lines = [line for line in console if line.startswith("QUARANTINE ")]
+    assert len(lines) == 1, "\n".join(console[-60:])
     return json.loads(lines[0].removeprefix("QUARANTINE "))
 
 

@@ -1,17 +1,13 @@
 """A CPU and memory come to a running K1 after the load: `status` says so, and `load --refresh` takes them in."""
 
-import io
 import json
-import shutil
 import socket
-import subprocess
-import threading
 
 import pytest
 
 from crashkernel.drill.debian import resolve_kernel
-from crashkernel.drill.guest import NONCE_SIZE, build_capture_image, build_crash_image, fetch_userland
-from crashkernel.formats import cpio
+from crashkernel.drill.guest import build_capture_image, fetch_userland
+from support.k1 import console_of
 
 INIT = b"""#!/bin/sh
 export PATH=/bin:/usr/bin PYTHONPATH=/usr/lib/crashkernel PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
@@ -49,39 +45,21 @@ PLUG = (
 @pytest.fixture(scope="module")
 def said(tmp_path_factory) -> dict[str, tuple[int, list[str]]]:
     """What each command said in K1, and its exit status."""
-    if shutil.which("qemu-system-ppc64") is None:
-        pytest.skip("qemu-system-ppc64 is not installed")
     directory = tmp_path_factory.mktemp("refresh")
     kernel, userland = resolve_kernel("debian:bookworm"), fetch_userland()
-    capture = build_capture_image(kernel, userland, directory / "capture.cpio")
-    initrd = build_crash_image(kernel, kernel, capture, userland, directory / "crash.cpio", nonce=bytes(NONCE_SIZE))
-    overlay = io.BytesIO()  # what a later archive has replaces what an earlier one had
-    cpio.write(overlay, [cpio.Entry.file("init", INIT, 0o755)])
-    with initrd.open("ab") as archive:
-        archive.write(overlay.getvalue())
-    command = [
-        "qemu-system-ppc64",
-        *("-machine", "pseries,cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-htm=off", "-cpu", "POWER9"),
-        *("-smp", "1,maxcpus=2,cores=2,threads=1", "-m", "2048M,slots=2,maxmem=4G", "-accel", "tcg,thread=multi"),
-        *("-display", "none", "-vga", "none", "-nodefaults", "-no-reboot", "-serial", "stdio"),
-        *("-qmp", f"unix:{directory / 'qmp'},server=on,wait=off"),
-        *("-kernel", str(kernel.vmlinux), "-initrd", str(initrd)),
-        *("-append", "console=hvc0 quiet crashkernel=512M rdinit=/init"),
-    ]
-    console = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, errors="replace") as qemu:
-        deadline = threading.Timer(300, qemu.kill)
-        deadline.start()
-        try:
-            for line in qemu.stdout:
-                console.append(line.rstrip())
-                if console[-1] == "PLUG":
-                    plug(str(directory / "qmp"))
-                if console[-1] == "DONE":
-                    break
-        finally:
-            deadline.cancel()
-            qemu.kill()
+    console = console_of(
+        directory,
+        kernel,
+        userland,
+        (kernel, build_capture_image(kernel, userland, directory / "capture.cpio")),
+        INIT,
+        options=(
+            *("-smp", "1,maxcpus=2,cores=2,threads=1", "-m", "2048M,slots=2,maxmem=4G"),
+            *("-qmp", f"unix:{directory / 'qmp'},server=on,wait=off"),
+        ),
+        append="crashkernel=512M",
+        told=lambda line: plug(str(directory / "qmp")) if line == "PLUG" else None,
+    )
     assert console[-1:] == ["DONE"], "\n".join(console[-40:])
     return commands_in(console)
 
