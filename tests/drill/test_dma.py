@@ -21,6 +21,7 @@ def drill(tmp_path, placement, regions, *options):
     result = json.loads(results.read_text())["drills"][0]
     assert done.returncode == (0 if result["verdict"] == "PASS" else 1), done.stdout + done.stderr
     assert result["dma"]["writes"] > 100, done.stdout
+    assert not result["dma"]["problem"]
     assert sum(result["dma"]["writes_by_page"].values()) == result["dma"]["writes"]
     return result, done.stdout
 
@@ -36,8 +37,9 @@ def test_a_driver_s_buffers_in_freed_init_ruin_k2_at_zero(tmp_path):
     assert init["targets"], "K1 gives such pages out"
     assert not ranges(init["targets"]) - RangeSet([freed])
     assert result["verdict"] == "FAIL"
-    assert result["failure"] is not None or result["bytes_wrong"]
-    assert "dma: damage: none" not in output
+    assert result["failure"]["stage"] == "handover"
+    assert "kernel DAMAGED" in result["dma"]["effect"]
+    assert "dma: damage: the purgatory found the damage and did not enter K2" in output
     assert init["plan_had_said"]["verdict"] == "dangerous"
 
 
@@ -46,6 +48,7 @@ def test_the_same_buffers_are_harmless_where_k2_runs_in_its_region(tmp_path):
     assert result["verdict"] == "PASS", output
     assert all(region["targets"] for region in result["dma"]["regions"])
     assert result["dma"]["writes_into_k2"] == 0
+    assert result["dma"]["writes"] > 1000, "a device that writes as long as K2 lives"
     assert result["bytes_in_device_buffers"] > 10_000
     assert result["bytes_wrong"] == 0
     assert "dma: damage: none outside of the device's own buffers" in output
@@ -61,5 +64,6 @@ def test_with_the_quarantine_no_such_buffer_can_be_had_and_the_same_load_does_no
     assert not elsewhere & plan.exposed
     assert result["verdict"] == "PASS", output
     assert result["dma"]["writes_into_k2"] == 0
+    assert result["dma"]["writes"] > 1000, "a device that writes as long as K2 lives"
     assert result["bytes_in_device_buffers"] > 10_000
     assert result["bytes_wrong"] == 0

@@ -230,13 +230,19 @@ class TestDevice:
         device.stop()
         assert not any(ram.read_bytes())
 
-    def test_a_drill_whose_device_never_wrote_proves_nothing(self):
-        kernel = Kernel("test", "6.1", None, None)
-        outcome = Outcome(Scenario(Twin(), kernel, kernel, "zero", dma=Dma(("init",))), dma=self.report())
-        outcome.verdict = type("Passed", (), {"passed": True})()
-        assert not outcome.passed
-        outcome.dma.writes = 1
-        assert outcome.passed
+    def test_a_device_that_never_wrote_or_died_early_says_so(self, ram, tmp_path):
+        report = self.report()
+        device = RogueDevice(ram, report)
+        device.stop()
+        device.account(report)
+        assert report.problem == "the device never wrote"
+        device = RogueDevice(tmp_path / "nowhere", report)
+        device.k1_is_dead()
+        device.k2_runs(RangeSet())
+        device.stop()
+        device.account(report)
+        assert "No such file" in report.problem
+        assert any("prove nothing" in line for line in report_lines(report))
 
     def test_memory_that_cannot_be_written_is_no_crash(self, tmp_path):
         report = self.report()
@@ -266,12 +272,38 @@ class TestVerdict:
         core = bench[1]
         core.write(paddr, bytes(byte ^ 0x5A for byte in core.read(paddr, size)))
 
-    def test_bytes_in_its_own_buffers_may_differ_and_are_counted(self, bench):
-        self.spoil(bench, PAGES[0].start, 1)
-        self.spoil(bench, PAGES[1].end - 100, 100)
+    def fill(self, bench, where):
+        """The device fills whole lines of `where`; how many bytes differ then."""
+        core = bench[1]
+        differ = 0
+        for start in range(where.start, where.end, LINE):
+            line = next(writes((Range.sized(start, LINE),), start))[1]
+            differ += sum(a != b for a, b in zip(core.read(start, LINE), line, strict=True))
+            core.write(start, line)
+        return differ
+
+    def test_what_it_wrote_in_its_own_buffers_may_differ_and_is_counted(self, bench):
+        differ = self.fill(bench, Range.sized(PAGES[0].start, LINE))
+        differ += self.fill(bench, Range(PAGES[1].end - 3 * LINE, PAGES[1].end))
         verdict = self.judge(bench)
         assert verdict.passed
-        assert (verdict.bytes_in_device_buffers, verdict.bytes_wrong, verdict.wrong_ranges) == (101, 0, [])
+        assert differ > LINE
+        assert (verdict.bytes_in_device_buffers, verdict.bytes_wrong, verdict.wrong_ranges) == (differ, 0, [])
+
+    def test_a_buffer_s_bytes_that_it_did_not_write_are_wrong(self, bench):
+        """A handover that lost just these pages is a bad one."""
+        core = bench[1]
+        lost = sum(byte != 0 for byte in core.read(PAGES[0].start, PAGES[0].size))
+        core.write(PAGES[0].start, bytes(PAGES[0].size))
+        verdict = self.judge(bench)
+        assert not verdict.passed
+        assert (verdict.bytes_in_device_buffers, verdict.bytes_wrong) == (0, lost)
+
+    def test_a_device_that_proves_nothing_makes_no_pass(self, bench):
+        plan, core, truth, directory = bench
+        verdict = self.judge((plan, core, replace(truth, device_problem="the device never wrote"), directory))
+        assert not verdict.passed
+        assert "the device never wrote" in verdict.problems
 
     @pytest.mark.parametrize("paddr", [PAGES[0].start - 1, PAGES[0].end, PAGES[1].start - 1, PAGES[1].end])
     def test_a_byte_next_to_a_buffer_is_wrong(self, bench, paddr):
@@ -284,9 +316,10 @@ class TestVerdict:
     def test_a_stretch_across_the_end_is_wrong_behind_it(self, bench):
         plan, core, truth, directory = bench
         inside = Range(PAGES[0].start + 0x800, PAGES[0].start + 0x900)  # a buffer smaller than what is compared at once
-        self.spoil(bench, inside.start - 8, inside.size + 16)
+        whole = self.fill(bench, Range(inside.start - LINE, inside.end + LINE))
         verdict = self.judge((plan, core, replace(truth, device_buffers=RangeSet([inside])), directory))
-        assert (verdict.bytes_in_device_buffers, verdict.bytes_wrong) == (inside.size, 16)
+        assert verdict.bytes_in_device_buffers + verdict.bytes_wrong == whole
+        assert 0 < verdict.bytes_wrong <= 2 * LINE < verdict.bytes_in_device_buffers <= inside.size
         assert not verdict.passed
 
     def test_without_a_device_nothing_is_excused(self, bench):
@@ -302,13 +335,15 @@ class TestVerdict:
 
     def test_a_kept_drill_is_judged_with_the_same_buffers(self, bench):
         plan, core, truth, directory = bench
-        self.spoil(bench, PAGES[0].start)
+        differ = self.fill(bench, Range.sized(PAGES[0].start, LINE))
         (directory / "vmcore").write_bytes(core.to_bytes())
         (directory / "plan.json").write_text(plan.to_json())
         (directory / "evidence.json").write_text(evidence_json(truth))
         verdict = judge_kept(directory)
         assert verdict.passed
-        assert verdict.bytes_in_device_buffers == 1
+        assert verdict.bytes_in_device_buffers == differ
+        (directory / "evidence.json").write_text(evidence_json(replace(truth, device_problem="the device never wrote")))
+        assert not judge_kept(directory).passed
 
 
 class TestReport:
@@ -351,11 +386,13 @@ class TestReport:
         assert record["quarantine"] is True
 
     def test_the_lines(self):
-        assert report_lines(self.report()) == [
+        report = self.report()
+        report.k2_ran = True
+        assert report_lines(report) == [
             "init (K1's freed init): K1 gave out 2 pages of 0x100000-0x180000; 20,000 pages were looked at",
             "the plan had said of K1's freed init pages: DANGEROUS: two pages are a driver's.",
             "1 other page that K1 gave out: 0x500000-0x510000",
-            "1,234 writes, 4 MiB, during the handover and while K2 ran; 1,000 of them into what was K2's memory by then",
+            "1,234 writes, 4 MiB, during the handover and while K2 ran; 1,000 of them into K2's memory after it was entered",
             "damage: K2 did not come up",
         ]
 

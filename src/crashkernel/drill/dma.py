@@ -87,7 +87,7 @@ def _waiting(plan: LoadPlan) -> RangeSet:
 REGIONS: Mapping[str, DmaRegion] = {
     region.name: region
     for region in (
-        DmaRegion("text", "K1's text", "static-data", _image("K1 text")),
+        DmaRegion("text", "K1's text", "", _image("K1 text")),
         DmaRegion("init", "K1's freed init", "freed-init", _image("K1 freed init"), given_out=True),
         DmaRegion("data", "K1's static data", "static-data", _image("K1 data")),
         DmaRegion("slack", "the memory behind K1's image", "slack", _slack, given_out=True),
@@ -146,8 +146,10 @@ class DmaReport:
     hazards: dict[str, Hazard] = field(default_factory=dict)  # what the plan had said of each region
     writes: int = 0
     bytes_written: int = 0
-    writes_into_k2: int = 0  # into memory that was K2's when they were made
-    per_page: dict[int, int] = field(default_factory=dict)  # writes to each 64 KiB page
+    writes_into_k2: int = 0  # into K2's memory, after K2 was entered
+    k2_ran: bool = False
+    per_page: dict[int, int] = field(default_factory=dict)  # writes by the 64 KiB page they begin in
+    problem: str = ""  # why the writes prove nothing, "" if they do
     effect: str = ""  # one line
 
     @property
@@ -220,11 +222,10 @@ def writes(targets: tuple[Range, ...], seed: int) -> Iterator[tuple[int, bytes]]
         yield target.start + first * LINE, bytes(data)
 
 
-_DURING: Mapping[When, str] = {
-    "handover": "during the handover",
-    "k2": "while K2 ran",
-    "both": "during the handover and while K2 ran",
-}
+def _during(report: DmaReport) -> str:
+    handover = ["during the handover"] if report.dma.when != "k2" else []
+    k2 = ["while K2 ran"] if report.dma.when != "handover" and report.k2_ran else []
+    return " and ".join(handover + k2) or "never"
 
 
 def report_lines(report: DmaReport) -> list[str]:
@@ -238,6 +239,8 @@ def report_lines(report: DmaReport) -> list[str]:
         if not region.given_out:
             pages = f"{len(targets)} pages of {where}" if region.k1 else f"anywhere in {where}"
             lines.append(f"{name} ({region.title}): {pages}")
+        elif region.where is not _anywhere and not report.wanted.get(name):
+            lines.append(f"{name} ({region.title}): there is none")
         elif region.where is not _anywhere:
             got = "no page" if not targets else "1 page" if len(targets) == 1 else f"{len(targets)} pages"
             lines.append(
@@ -250,9 +253,11 @@ def report_lines(report: DmaReport) -> list[str]:
         pages = "page" if len(elsewhere) == 1 else "pages"
         lines.append(f"{len(elsewhere)} {other}{pages} that K1 gave out: {RangeSet(elsewhere)}")
     lines.append(
-        f"{report.writes:,} writes, {format_size(report.bytes_written)}, {_DURING[report.dma.when]}; "
-        f"{report.writes_into_k2:,} of them into what was K2's memory by then"
+        f"{report.writes:,} writes, {format_size(report.bytes_written)}, {_during(report)}; "
+        f"{report.writes_into_k2:,} of them into K2's memory after it was entered"
     )
+    if report.problem:
+        lines.append(f"these writes prove nothing: {report.problem}")
     lines.append(f"damage: {report.effect}")
     return lines
 
@@ -268,6 +273,7 @@ class RogueDevice:
         self._writes_into_k2 = 0
         self._per_page: Counter[int] = Counter()
         self._k2_memory = RangeSet()
+        self._k2_ran = False
         self._ram = ram
         self._plan = writes(report.all_targets, report.dma.seed)
         self._rate = report.dma.rate
@@ -282,6 +288,7 @@ class RogueDevice:
     def k2_runs(self, k2_memory: RangeSet) -> None:
         """K2 is about to run, with that memory: begin, go on or end."""
         self._k2_memory = k2_memory
+        self._k2_ran = True
         if self.when == "k2":
             self._thread.start()
         elif self.when == "handover":
@@ -298,7 +305,12 @@ class RogueDevice:
         report.writes = self.writes
         report.bytes_written = self._bytes_written
         report.writes_into_k2 = self._writes_into_k2
+        report.k2_ran = self._k2_ran
         report.per_page = dict(self._per_page)
+        if self.error is not None:
+            report.problem = f"the device died of {self.error}"
+        elif not self.writes:
+            report.problem = "the device never wrote"
 
     def _work(self) -> None:
         since = time.monotonic()

@@ -96,6 +96,7 @@ def dma_record(report: DmaReport) -> dict[str, Any]:
         "bytes_written": report.bytes_written,
         "writes_into_k2": report.writes_into_k2,
         "writes_by_page": {hex(page): count for page, count in sorted(report.per_page.items())},
+        "problem": report.problem,
         "effect": report.effect,
     }
 
@@ -114,6 +115,7 @@ def evidence_json(truth: Truth) -> str:
             "cpus": truth.cpus,
             "firmware": [{"name": region.name, "range": str(region.range)} for region in truth.firmware],
             "device_buffers": [str(each) for each in truth.device_buffers],
+            "device_problem": truth.device_problem,
         },
         indent=1,
     )
@@ -139,6 +141,7 @@ def judge_kept(directory: Path) -> Verdict:
             cpus=int(raw["cpus"]),
             firmware=tuple(Region(str(r["name"]), _range(r["range"])) for r in raw["firmware"]),
             device_buffers=RangeSet(_range(each) for each in raw["device_buffers"]),
+            device_problem=str(raw["device_problem"]),
         )
         return judge(directory / DUMP, truth, plan)
     except OSError as error:

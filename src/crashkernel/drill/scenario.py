@@ -111,8 +111,6 @@ class Outcome:
         """Whether the drill proved what it is for."""
         if self.failure is not None:
             return False
-        if self.dma is not None and not self.dma.writes:
-            return False  # a device that never wrote proves nothing
         return self.told is not None if self.scenario.flip else self.verdict is not None and self.verdict.passed
 
 
@@ -247,6 +245,7 @@ async def _drill(scenario: Scenario, userland: Userland, wiring: Wiring, outcome
             cpus=scenario.twin.smp,
             firmware=firmware,
             device_buffers=outcome.dma.own if outcome.dma else RangeSet(),
+            device_problem=outcome.dma.problem if outcome.dma else "",
         )
         (wiring.directory / EVIDENCE).write_text(evidence_json(truth))
     async with clock.stage(VERIFY):
@@ -510,7 +509,8 @@ def _aimed(dma: Dma, plan: LoadPlan) -> DmaReport:
     :raise StageFailed: the plan does not know where K1's image lies.
     """
     where = {name: REGIONS[name].where(plan) for name in dma.regions}
-    unknown = [name for name in dma.regions if not where[name] and not REGIONS[name].given_out]
+    unknown = [name for name in dma.regions if not where[name] and not (REGIONS[name].given_out and plan.k1_layout)]
+    unknown = [name for name in unknown if name != "memory"]
     if unknown:
         raise StageFailed(
             LOAD.name, f"the plan does not say where {' and '.join(unknown)} lies", hint="use one kernel for both"
@@ -545,6 +545,8 @@ def _device(report: DmaReport | None, ram: Path, plan: LoadPlan, panic: str) -> 
     # the log has no buffer of a device's in it, and the verdict looks for this line
     avoid = [*plan.notes, *_places(ram, RangeSet(region.range for region in plan.k1_layout), panic.encode())]
     report.targets = choose_targets(report.dma, plan, report.given, avoid)
+    if not report.all_targets:
+        raise StageFailed(DRIVER.name, "the device has nowhere to write", hint="choose other regions, or a larger --memory")
     device = RogueDevice(ram, report)
     try:
         yield device
@@ -606,24 +608,35 @@ def _effect(outcome: Outcome, console: Path) -> str:
         next((line for line in k2_said.splitlines() if _TROUBLE.search(line)), "") if text.count(_KERNEL_STARTS) > 1 else ""
     )
     said = f"; its first complaint: {trouble}" if trouble else ""
+    told = _damage_told(text.splitlines())
     if outcome.failure is not None:
-        if told := _damage_told(text.splitlines()):
+        if told and outcome.failure.stage == HANDOVER.name:
             return f"the purgatory found the damage and did not enter K2: {told}"
         said = said or f": {outcome.failure.message.removeprefix(f'{outcome.failure.stage}: ')}"
         where = {
             HANDOVER.name: "K2 was not reached",
             BOOT_K2.name: "K2 did not come up",
             CAPTURE.name: "K2 could not save the dump",
+            VERIFY.name: "the dump could not be judged",
         }
-        return f"{where.get(outcome.failure.stage, 'nothing: the drill did not get so far')}{said}"
+        went_on = "; the purgatory had told the damage and went on" if told else ""
+        return f"{where.get(outcome.failure.stage, 'nothing: the drill did not get so far')}{said}{went_on}"
     if outcome.verdict is None or not outcome.verdict.passed:
         wrong = outcome.verdict.bytes_wrong if outcome.verdict else 0
         what = f"{wrong:,} bytes are wrong outside of the device's own buffers" if wrong else "the dump is not whole"
-    elif outcome.dma is not None and outcome.dma.writes_into_k2:
+    elif _aimed_at_k2(outcome):
         what = "none that shows in the dump, but K2's memory was written to: it came up by luck"
     else:
         what = "none outside of the device's own buffers"
     return f"{what}{said}"
+
+
+def _aimed_at_k2(outcome: Outcome) -> bool:
+    """Whether the device wrote to K2's memory, or to what became that."""
+    if outcome.dma is None:
+        return False
+    becomes = (outcome.plan.exposed | outcome.plan.k2_memory) if outcome.plan else RangeSet()
+    return outcome.dma.writes_into_k2 > 0 or bool(RangeSet(outcome.dma.all_targets) & becomes)
 
 
 def _require_cpus(online: str, scenario: Scenario) -> None:

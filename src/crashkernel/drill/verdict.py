@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from crashkernel.drill.dma import MARK
+from crashkernel.drill.dma import LINE, MARK
 from crashkernel.errors import CrashkernelError, VerificationError
 from crashkernel.formats.elf import EM_PPC64, ET_CORE, NT_PRSTATUS, ElfFile, Note, PrStatus
 from crashkernel.formats.vmcoreinfo import VmcoreInfo
@@ -58,6 +58,7 @@ class Truth:
     crashed_pid: int
     cpus: int
     firmware: tuple[Region, ...]  # what OPAL reserved on bare metal, in K1's kernel's words; a partition's is below it
+    device_problem: str = ""  # why a device that went on writing proves nothing, "" if it does or there was none
     device_buffers: RangeSet = RangeSet()  # K1's memory that a device went on writing to, as K1 had told it  # noqa: RUF009
 
 
@@ -127,6 +128,8 @@ def judge(dump: Path, truth: Truth, plan: LoadPlan) -> Verdict:
     verdict.k1_bytes = k1.total
     if plan.reserved != truth.reserved:
         verdict.problems.append(f"the plan's reserved region {plan.reserved} is not the kernel's {truth.reserved}")
+    if truth.device_problem:
+        verdict.problems.append(truth.device_problem)
     with dump.open("rb") as file, truth.memory.open("rb") as memory:
         size = os.fstat(file.fileno()).st_size
         try:
@@ -282,9 +285,15 @@ def _outside_device_buffers(block: _Wrong, truth: Truth, verdict: Verdict) -> li
     """Count the bytes that a device wrote where it was told to, and leave the others."""
     if not truth.device_buffers.overlaps(block.range):
         return [block]
-    places = tuple(place for place in block.places if block.start + place not in truth.device_buffers)
+    places = tuple(place for place in block.places if not _devices(block, place, truth))
     verdict.bytes_in_device_buffers += block.wrong - len(places)
     return [_Wrong(block.start, block.dumped, block.true, places)] if places else []
+
+
+def _devices(block: _Wrong, place: int, truth: Truth) -> bool:
+    """Whether that byte is in a buffer and in a line that the device wrote: it marks each. Anything else there is wrong."""
+    line = place // LINE * LINE
+    return block.start + place in truth.device_buffers and block.dumped[line : line + len(MARK)] == MARK
 
 
 def _without_dispatch_counts(block: _Wrong, truth: Truth, verdict: Verdict) -> list[_Wrong]:
