@@ -104,11 +104,6 @@ def initrd_of(request: Request) -> tuple[bytes, Initrd]:
     return data, measure_initrd(data, request.initrd)
 
 
-def printable(text: str) -> str:
-    """Bytes of a command line that are no text (os.fsdecode) as escapes: print() refuses them."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
 def _cmdline(arguments: argparse.Namespace, machine: Machine) -> str:
     if arguments.append is not None:
         return str(arguments.append)

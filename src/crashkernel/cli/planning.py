@@ -134,7 +134,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         draw_stages(plan, colour, width, unicode=unicode),
         draw_hazards(plan.hazards, colour, width, short=not arguments.explain),
     ]
-    print(choices.printable("\n\n".join(part for part in parts if part)))
+    print("\n\n".join(part for part in parts if part))
     return 0
 
 
@@ -153,7 +153,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         print(_comparison_json(variants, recommendation, drilled))
     else:
         table = draw_comparison(variants, recommendation, drilled, _colour(), _width())
-        print(choices.printable("\n\n".join(part for part in (preface, table) if part)))
+        print("\n\n".join(part for part in (preface, table) if part))
     return 0 if recommendation.variant is not None else PlanError.exit_code
 
 

@@ -18,6 +18,7 @@ from crashkernel.machine.live import read_machine
 from crashkernel.memory import RangeSet, format_size
 from crashkernel.placement.hazards import quarantinable
 from crashkernel.placement.image import KernelImage
+from crashkernel.report.terminal import visible
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -251,7 +252,7 @@ def _status(arguments: argparse.Namespace) -> int:
         plan = now.plan
         where = f"in {plan.reserved} ({format_size(plan.reserved.size)})"
         print(f"loaded; the last load by crashkernel was {plan.kernel}, placement {plan.placement}, {where}")
-        print(f"K2's command line: {choices.printable(plan.cmdline)}")
+        print(f"K2's command line: {visible(plan.cmdline)}")
         print(f"its dump will hold {format_size(plan.k1_memory.total)} of memory")
         if kept is not None and kept.reason:
             print(f"what K1 could hand out of K2's memory: {kept.reason}")

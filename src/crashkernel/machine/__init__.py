@@ -28,6 +28,9 @@ itself or a driver, which it does not tell apart; and "poisoned": out of K1's ha
 PAGE_SIZES = (1 << 12, 1 << 14, 1 << 16, 1 << 18)
 """Of any ppc64 kernel, in bytes (arch/powerpc/Kconfig, PPC_*K_PAGES)."""
 
+LARGEST_PAGE = 0x10000
+"""The largest base page of a kernel that distributions ship for ppc64, in bytes: good for any where its own is not known."""
+
 HEAD_SIZE = 0x100
 """K1's first bytes, in bytes: the ones `kexec_sequence` overwrites before any purgatory runs."""
 
@@ -96,6 +99,11 @@ class Machine:
     kernel_end: int = 0  # where K1's image ends (its `_end`), 0 when unknown
     pages: tuple[Pages, ...] = ()  # who holds K1's low memory, ascending; () when K1 was not asked
     tree_size: int = 0  # bytes of the whole tree, flattened; `device_tree` may be what a description keeps of it
+
+    @property
+    def base_page(self) -> int:
+        """K1's base page in bytes, the largest there is where it is not known."""
+        return self.page_size or LARGEST_PAGE
 
     def held_by(self, pages: Iterable[Pages]) -> Machine:
         """The machine with `pages` in place of what was known of who holds their ranges."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from crashkernel.errors import FormatError
 from crashkernel.formats.elf import EM_PPC64, ElfFile, section_addresses
-from crashkernel.machine import Region
+from crashkernel.machine import LARGEST_PAGE, Region
 from crashkernel.memory import Range, align_up
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ FileBytes = bytes | mmap.mmap
 """A file's bytes, in memory or mapped."""
 
 _NAMES = ("K1 text", "K1 read-only data", "K1 freed init", "K1 data")
-_PAGE = 0x10000  # the largest base page: a kernel rounds the end of its image up to its own
 
 
 def kernel_files(root: Path, release: str) -> tuple[Path, ...]:
@@ -60,6 +59,11 @@ def find_banner(data: FileBytes, elf: ElfFile, banner: bytes) -> int:
             if at >= 0:
                 return at
     return data.find(banner)
+
+
+def ends_alike(span: int, kernel_end: int) -> bool:
+    """Whether an image of `span` bytes may be the kernel that ends at `kernel_end` (0: unknown): it rounds up to its page."""
+    return not kernel_end or align_up(span, LARGEST_PAGE) == align_up(kernel_end, LARGEST_PAGE)
 
 
 def image_layout(sections: Mapping[str, int], span: int) -> tuple[Region, ...]:
@@ -104,7 +108,7 @@ def _file_layout(data: FileBytes, banner: bytes, kernel_end: int) -> tuple[Regio
         return ()
     span = max(load.vaddr + load.memory_size for load in loads) - KERNEL_BASE
     # a K1 that does not lie at 0, itself a capture kernel, ends elsewhere
-    if kernel_end and align_up(span, _PAGE) != align_up(kernel_end, _PAGE):
+    if not ends_alike(span, kernel_end):
         return ()
     return image_layout(section_addresses(memoryview(data)), span) if find_banner(data, elf, banner) >= 0 else ()
 

@@ -12,11 +12,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from crashkernel.errors import PlanError
-from crashkernel.machine import Machine, Services
+from crashkernel.machine import LARGEST_PAGE, Machine, Services
 from crashkernel.machine.devicetree import dynamic_memory
+from crashkernel.machine.kernelfile import ends_alike
 from crashkernel.memory import Range, RangeSet, align_up, format_size
 from crashkernel.placement import tables
-from crashkernel.placement.hazards import EARLY_ALLOCATIONS, LARGEST_PAGE, assess, slaves_of
+from crashkernel.placement.hazards import EARLY_ALLOCATIONS, assess, slaves_of
 from crashkernel.placement.moves import MAX_MOVES
 from crashkernel.placement.plan import (
     DamagePolicy,
@@ -30,6 +31,7 @@ from crashkernel.placement.plan import (
     loaded_contents,
     to_check,
 )
+from crashkernel.placement.reservation import COMMAND_LINE_SIZE
 from crashkernel.placement.sizing import Initrd, estimate, limited_cpus, possible_cpus
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = ["plan_load", "slaves_of"]
 
-PAGE = 0x10000
+PAGE = LARGEST_PAGE
 """Everything is placed in whole 64 KiB pages: the largest base page of any ppc64 kernel, K1 or K2."""
 
 PURGATORY_SIZE = PAGE
@@ -59,9 +61,6 @@ K2 before its first line of output: seen with Debian 6.1, with 64 KiB at 0 and t
 So K2's memory is cut to whole blocks on hash, and not on radix: there a K2 whose memory began at 44 MiB of a region at 41 MiB
 came up and then stood still before its init, every time, while with the ragged head it ran. The cause is not known.
 """
-
-COMMAND_LINE_SIZE = 2048
-"""Here K2 cuts its command line off, in bytes with the final NUL (arch/powerpc/include/uapi/asm/setup.h)."""
 
 
 def plan_load(
@@ -175,7 +174,7 @@ def _same_kernel(machine: Machine, image: KernelImage) -> bool:
     """Whether K2's file tells as much of where K1 has what as K1's own: a release may have been built more than once."""
     if image.release != machine.release:
         return False
-    return not machine.kernel_end or align_up(image.span, LARGEST_PAGE) == align_up(machine.kernel_end, LARGEST_PAGE)
+    return ends_alike(image.span, machine.kernel_end)
 
 
 def _estimate(machine: Machine, image: KernelImage, initrd: Initrd, cmdline: str, mmu: Mmu, k2_memory: RangeSet) -> Estimate:
@@ -186,7 +185,7 @@ def _estimate(machine: Machine, image: KernelImage, initrd: Initrd, cmdline: str
         initrd,
         k2_memory,
         mmu,
-        machine.page_size or PAGE,
+        machine.base_page,
         possible,
         started=limited_cpus(possible, cmdline, "maxcpus"),
         k1_memory=machine.memory.total - (machine.reserved.size if machine.reserved else 0),

@@ -10,7 +10,7 @@ from crashkernel.errors import PlanError
 from crashkernel.machine import Pages
 from crashkernel.memory import RangeSet, format_size
 from crashkernel.placement.cost import Cost, cost_of
-from crashkernel.placement.hazards import LARGEST_PAGE, quarantinable
+from crashkernel.placement.hazards import quarantinable
 from crashkernel.placement.reservation import behind_k1, specification
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def compare(machine: Machine, plan_on: Callable[[Machine, PlacementName], LoadPl
 def _variants(machine: Machine, plan_on: Callable[[Machine, PlacementName], LoadPlan]) -> Iterator[tuple[Variant, Machine]]:
     yield Variant("reserved", "reserved", "K2 runs in its region, where it is loaded", quarantine=False), machine
     try:
-        out = quarantinable(plan_on(machine, "zero"), machine.page_size or LARGEST_PAGE)
+        out = quarantinable(plan_on(machine, "zero"), machine.base_page)
     except PlanError:
         out = RangeSet([])
     idea = "K2 changes places with K1; what K1 could hand out there is taken out of its hands"
@@ -77,7 +77,7 @@ def _worked_out(variant: Variant, machine: Machine, plan_on: Callable[[Machine, 
         plan = plan_on(machine, variant.placement)
     except PlanError as error:
         return replace(variant, obstacle=str(error))
-    cost = cost_of(plan, machine.page_size or LARGEST_PAGE, quarantine=variant.quarantine)
+    cost = cost_of(plan, machine.base_page, quarantine=variant.quarantine)
     return replace(variant, plan=plan, cost=cost)
 
 

@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from crashkernel.machine import LARGEST_PAGE
 from crashkernel.memory import Range, RangeSet, align_up, format_size
 from crashkernel.placement.image import RUN_AT_LOAD_OFFSET, RUN_AT_ZERO, RUN_IN_PLACE
 from crashkernel.placement.plan import Hazard
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
     from crashkernel.placement.sizing import Estimate
 
 _MIB = 1 << 20
-
-LARGEST_PAGE = 0x10000
-"""The largest base page of any ppc64 kernel, in bytes."""
 
 EARLY_ALLOCATIONS = 2 * _MIB
 """Free memory K2 needs right behind its image at zero, in bytes: radix takes the page tables of a range from inside it."""
@@ -185,7 +183,7 @@ def _slack(subject: _Subject) -> _Finding:
 
 def _handed_out(subject: _Subject, where: RangeSet) -> _Finding:
     """Pages that K1 hands out to whoever asks and that K2 takes over: dangerous unless every one is out of K1's hands."""
-    page_size = subject.machine.page_size or LARGEST_PAGE
+    page_size = subject.machine.base_page
     pages = _whole_pages(subject.plan.exposed & where, page_size)
     if not pages:
         return _found("safe", "K2 takes over none of them.")

@@ -24,6 +24,7 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from crashkernel.machine import LARGEST_PAGE
 from crashkernel.machine.devicetree import DYNAMIC_MEMORY_NODE
 from crashkernel.memory import Range, RangeSet, align_down, align_up, format_size
 
@@ -37,7 +38,7 @@ Refuser = Literal["kernel", "crashkernel"]
 
 WORD = "crashkernel="
 COMMAND_LINE_SIZE = 2048
-"""Bytes of K1's command line that K1 reads, with the final NUL (arch/powerpc/include/uapi/asm/setup.h)."""
+"""Bytes of its command line that a kernel reads, K1 or K2, with the final NUL (arch/powerpc/include/uapi/asm/setup.h)."""
 
 RTAS_LIMIT = 1 << 30
 """RTAS and the buffers that K1 shares with it lie below (`RTAS_INSTANTIATE_MAX`, arch/powerpc/include/asm/rtas.h)."""
@@ -47,7 +48,6 @@ RTAS_32_BIT = 1 << 32
 
 _MIB = 1 << 20
 _DEBIAN = "-powerpc64"  # in the release of its ppc64 kernels only
-_PAGE = 0x10000  # the largest base page of a ppc64 kernel, where nobody knows K1's
 _RANGE_ROUNDING = 128 * _MIB  # total memory, before it is looked up in the ranges (parse_crashkernel_mem)
 _LPAR_LIMIT = 512 * _MIB
 _OTHER_LIMIT = 128 * _MIB
@@ -276,7 +276,7 @@ class _Reserver:
         self._rules = rules
         whole = _command_line(text)
         self._cmdline = whole[: COMMAND_LINE_SIZE - 1]
-        self._page = machine.page_size or _PAGE
+        self._page = machine.base_page
         self._reasons: list[str] = []
         self._console: list[str] = []
         self._wanted: Range | None = None
@@ -593,8 +593,8 @@ def behind_k1(machine: Machine, size: int) -> Range | None:
     """
     if not machine.kernel_end:
         return None
-    k1 = RangeSet([Range(0, align_up(machine.kernel_end, _PAGE))])
-    found = ((memory - k1).find(align_up(size, _PAGE), _PAGE) for memory in _memblocks(machine))
+    k1 = RangeSet([Range(0, align_up(machine.kernel_end, LARGEST_PAGE))])
+    found = ((memory - k1).find(align_up(size, LARGEST_PAGE), LARGEST_PAGE) for memory in _memblocks(machine))
     return min((each for each in found if each is not None), default=None)
 
 

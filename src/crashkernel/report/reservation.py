@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from crashkernel.memory import format_size
-from crashkernel.report.terminal import wrap
+from crashkernel.report.terminal import visible, wrap
 
 if TYPE_CHECKING:
     from crashkernel.placement.reservation import Reservation
@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 def draw_reservation(asked: str, reservation: Reservation, width: int = 80) -> str:
     """The region, how the kernel comes to it, and what it would refuse, as text of at most `width` columns."""
     region = reservation.range
-    lines = [f"crashkernel={asked}: " + (f"{region} ({format_size(region.size)})" if region else "nothing is reserved")]
+    lines = [
+        f"crashkernel={visible(asked)}: " + (f"{region} ({format_size(region.size)})" if region else "nothing is reserved")
+    ]
     for reason in reservation.reasons:
         lines += wrap(reason, width, "  ", "    ")
     if reservation.cma:
