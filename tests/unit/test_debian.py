@@ -210,6 +210,23 @@ class TestArchive:
         (mirror.root / "offline").touch()
         assert Archive(cache, "bookworm").unpack("a") == tree
 
+    def test_another_architecture_has_a_cache_and_an_index_of_its_own(self, mirror, cache):
+        mirror.add("a", files={"a": b"A"})
+        ours = Archive(cache, "bookworm")
+        theirs = Archive(cache, "bookworm", architecture="amd64")
+        assert (ours.root, theirs.root) == (cache / "debian" / "bookworm", cache / "debian" / "bookworm-amd64")
+        ours.unpack("a")
+        theirs.unpack("a")
+        for archive in (ours, theirs):
+            configuration = (archive.root / "apt" / "apt.conf").read_text()
+            assert f'APT::Architecture "{archive.architecture}";' in configuration
+            assert f'APT::Architectures "{archive.architecture}";' in configuration
+            assert f"arch={archive.architecture} " in (archive.root / "apt" / "sources.list").read_text()
+            assert (archive.root / "trees" / "a_1_ppc64el" / "a").read_bytes() == b"A"  # the fake mirror has one pool
+        with pytest.raises(EnvironmentFault, match="no package b for amd64") as caught:
+            theirs.fetch("b")
+        assert not caught.value.hint, "flavours of POWER kernels are no help here"
+
     def test_depends_takes_first_alternatives(self, mirror, cache):
         mirror.add("a", depends="libc6 (>= 2.36), x | y, libc6 (<< 3),\n z:any [linux-any]")
         assert Archive(cache, "bookworm").depends("a") == ("libc6", "x", "z")

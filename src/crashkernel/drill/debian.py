@@ -1,15 +1,15 @@
-"""Debian's ppc64el packages, fetched and unpacked without root and without touching the host's apt state.
+"""Debian's packages, ppc64el's above all, fetched and unpacked without root and without touching the host's apt state.
 
-The twin's kernels and its small userland are Debian's own packages. apt does the fetching and the checking of
+The twin's kernels and its small userland are Debian's own packages; so is what the benches measure this package against. apt does the fetching and the checking of
 signatures and hashes, with every directory it would write to moved below this package's cache; ``dpkg-deb`` does the
 unpacking. On any machine that has the two tools, whatever its own architecture and release, this gives:
 
 ``Archive``
-    one suite of one mirror: fetch a package, unpack it, read its dependencies.
+    one suite of one mirror, for one architecture: fetch a package, unpack it, read its dependencies.
 ``resolve_kernel``
     ``debian:SUITE[/FLAVOUR]`` or a path to a vmlinux → `Kernel`: the ELF file, its release and its modules.
 
-Layout of the cache, one directory a suite, each complete in itself::
+Layout of the cache, one directory a suite (``<suite>-<architecture>`` for others than ppc64el), each complete in itself::
 
     <cache>/debian/<suite>/apt/      apt's lists, configuration and package cache
     <cache>/debian/<suite>/debs/     the packages, by the file name they have in the pool
@@ -259,14 +259,15 @@ def _first_choices(fields: dict[str, str]) -> tuple[str, ...]:
 
 
 class Archive:
-    """One suite of Debian's archive for ppc64el, kept below `cache`.
+    """One suite of Debian's archive for one `architecture`, kept below `cache`.
 
     Nothing is fetched before it is asked for. An object belongs to one thread; processes may share a cache.
     """
 
-    def __init__(self, cache: Path, suite: str, progress: Progress = silent) -> None:
+    def __init__(self, cache: Path, suite: str, progress: Progress = silent, *, architecture: str = ARCHITECTURE) -> None:
         self.suite = suite
-        self.root = cache.absolute() / "debian" / suite
+        self.architecture = architecture
+        self.root = cache.absolute() / "debian" / (suite if architecture == ARCHITECTURE else f"{suite}-{architecture}")
         self._progress = progress
         self._packages: dict[str, Package] = {}
         self._asked_mirror = False
@@ -316,8 +317,8 @@ class Archive:
             "Dir::Cache::srcpkgcache": apt / "cache" / "srcpkgcache.bin",
             "Dir::Etc::SourceList": self._sources,
             "Dir::Etc::SourceParts": "/dev/null",
-            "APT::Architecture": ARCHITECTURE,
-            "APT::Architectures": ARCHITECTURE,
+            "APT::Architecture": self.architecture,
+            "APT::Architectures": self.architecture,
             "APT::Update::Error-Mode": "any",  # else a failed fetch is a warning and exit status 0
             "Acquire::Languages": "none",
             "Acquire::Retries": "3",
@@ -332,7 +333,7 @@ class Archive:
         _replace(self._config, "\n".join(lines) + "\n")
 
     def _source_line(self, mirror: str) -> str:
-        options = f"arch={ARCHITECTURE} target=Packages lang=none pdiffs=no"
+        options = f"arch={self.architecture} target=Packages lang=none pdiffs=no"
         if KEYRING.exists():  # from the package debian-archive-keyring, on a host that is not Debian too
             options += f" signed-by={KEYRING}"
         return f"deb [{options}] {mirror} {self.suite} main\n"
@@ -360,7 +361,7 @@ class Archive:
             if result.returncode:
                 raise EnvironmentFault(
                     f"cannot fetch the package index of Debian {self.suite}: {_complaint(result)}",
-                    hint=f"is {self.suite!r} a suite of Debian with {ARCHITECTURE}, and is the mirror reachable? "
+                    hint=f"is {self.suite!r} a suite of Debian with {self.architecture}, and is the mirror reachable? "
                     "CRASHKERNEL_MIRROR names another",
                 )
         except EnvironmentFault as fault:
@@ -400,8 +401,10 @@ class Archive:
         if not self._known(names):
             missing = next(name for name in names if name not in self._packages)
             raise EnvironmentFault(
-                f"Debian {self.suite} has no package {missing} for {ARCHITECTURE}",
-                hint="names of kernel flavours: powerpc64le, and powerpc64le-64k from trixie on",
+                f"Debian {self.suite} has no package {missing} for {self.architecture}",
+                hint="names of kernel flavours: powerpc64le, and powerpc64le-64k from trixie on"
+                if self.architecture == ARCHITECTURE and missing.startswith("linux-")
+                else "",
             )
         return [self._packages[name] for name in names]
 
