@@ -1,8 +1,9 @@
 """Debian's packages, ppc64el's above all, fetched and unpacked without root and without touching the host's apt state.
 
-The twin's kernels and its small userland are Debian's own packages; so is what the benches measure this package against. apt does the fetching and the checking of
-signatures and hashes, with every directory it would write to moved below this package's cache; ``dpkg-deb`` does the
-unpacking. On any machine that has the two tools, whatever its own architecture and release, this gives:
+The twin's kernels and its small userland are Debian's own packages, and so is what the benches measure this package
+against. apt does the fetching and the checking of signatures and hashes, with every directory it would write to moved
+below this package's cache; ``dpkg-deb`` does the unpacking. On any machine that has the two tools, whatever its own
+architecture and release, this gives:
 
 ``Archive``
     one suite of one mirror, for one architecture: fetch a package, unpack it, read its dependencies.
