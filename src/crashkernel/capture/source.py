@@ -67,6 +67,16 @@ class Source(Protocol):
         """
         ...
 
+    def read_into(self, paddr: int, into: NDArray[np.uint8]) -> None:
+        """Fill `into` (flat, contiguous) with the physical memory from `paddr` on.
+
+        For what is read a piece after the other, as the dump-level filter reads page structs: half a MiB at a time into the
+        same memory. With `read` the new objects would cost more than the filtering.
+
+        :raise MissingMemory: a byte of it is not in the dump.
+        """
+        ...
+
     def read_pages(self, pfns: NDArray[np.int64], into: NDArray[np.uint8]) -> None:
         """Read whole pages, ascending page frame numbers, one after the other into `into` (flat, `page_size` bytes each).
 
@@ -204,6 +214,26 @@ class ElfVmcore:
         data = bytearray(size)
         self._read_pieces(paddr, memoryview(data))
         return bytes(data)
+
+    def read_into(self, paddr: int, into: NDArray[np.uint8]) -> None:
+        """Fill `into` (flat, contiguous) with the physical memory from `paddr` on.
+
+        :raise MissingMemory: a byte of it is not in the dump.
+        :raise EnvironmentFault: the file cannot be read there.
+        """
+        size = len(into)
+        index = bisect_right(self._paddrs, paddr) - 1
+        if index >= 0:
+            each = self.segments[index]
+            if each.file_offset is not None and paddr + size <= each.end:
+                self._fill(each.file_offset + paddr - each.paddr, into.data)
+                return
+        if not size:
+            return
+        if paddr < 0 or not self.memory.covers(Range.sized(paddr, size)):
+            raise MissingMemory(paddr, size, source=self.name)
+        into[:] = 0
+        self._read_pieces(paddr, into.data)
 
     def read_pages(self, pfns: NDArray[np.int64], into: NDArray[np.uint8]) -> None:
         """Read whole pages, ascending page frame numbers, one after the other into `into` (flat, `page_size` bytes each).
