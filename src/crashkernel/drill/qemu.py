@@ -268,6 +268,10 @@ class RunningTwin:
                 places.append((int(found[1], 16), int(found[2], 16)))
         return places
 
+    async def balloon(self, size: int) -> None:
+        """Ask the guest's balloon driver to leave the guest `size` bytes; does not wait."""
+        await self._command("balloon", {"value": size})
+
     async def quit(self) -> None:
         """End QEMU in good order: its disks are flushed."""
         with contextlib.suppress(QMPError):
