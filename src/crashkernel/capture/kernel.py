@@ -160,7 +160,8 @@ class CrashedKernel:
         """
         return int.from_bytes(self.read(vaddr, _POINTER_SIZE), self.source.byteorder)
 
-    def _doubt(self, text: str) -> None:
+    def doubt(self, text: str) -> None:
+        """Add to `doubts` what it does not say yet; of a kernel that is wrong everywhere the first few are enough."""
         if len(self.doubts) < _MAX_DOUBTS and text not in self.doubts:
             self.doubts.append(text)
 
@@ -177,12 +178,12 @@ class CrashedKernel:
             five_levels="NUMBER(pgtable_l5_enabled)" in info and info.number("pgtable_l5_enabled") != 0,
             encryption_mask=info.number("sme_mask") if "NUMBER(sme_mask)" in info else 0,
         )
-        self._mappings = image, PageTable(root, layout, self.source.read, self._doubt)
+        self._mappings = image, PageTable(root, layout, self.source.read, self.doubt)
 
     def _map_ppc64(self) -> None:
         info = self.info
         root = info.symbol("swapper_pg_dir") - _PPC64_PAGE_OFFSET
-        radix = PageTable(root, ppc64_format(self._page_size, radix=True), self.source.read, self._doubt)
+        radix = PageTable(root, ppc64_format(self._page_size, radix=True), self.source.read, self.doubt)
         is_radix = info.number("RADIX_MMU") == 1 if "NUMBER(RADIX_MMU)" in info else self._maps_itself(radix)
         if is_radix:
             self._mappings = Direct(_PPC64_PAGE_OFFSET, _PPC64_VIRTUAL, 0), radix
@@ -190,7 +191,7 @@ class CrashedKernel:
         end = _PPC64_VIRTUAL if self._page_size == 0x10000 else _PPC64_HASH_4K_VIRTUAL
         linear = Direct(_PPC64_PAGE_OFFSET, end, 0)
         self._mappings = (linear,)  # which is where the list lies
-        hashed = PageTable(root, ppc64_format(self._page_size, radix=False), self.source.read, self._doubt)
+        hashed = PageTable(root, ppc64_format(self._page_size, radix=False), self.source.read, self.doubt)
         self._mappings = linear, self._vmemmap_list(), hashed
 
     def _maps_itself(self, table: PageTable) -> bool:
@@ -235,7 +236,7 @@ class CrashedKernel:
                 vaddrs.append(vaddr)
                 paddrs.append(paddr)
         except CrashkernelError as error:
-            self._doubt(f"where the page structs are: {error}")
+            self.doubt(f"where the page structs are: {error}")
         return Blocks(np.array(vaddrs, np.uint64), np.array(paddrs, np.uint64), 1 << shift)
 
     def _vmemmap_shift(self) -> int:
@@ -268,7 +269,7 @@ class CrashedKernel:
         try:
             sections = self._sections()
         except CrashkernelError as error:
-            self._doubt(f"where the page structs are: {error}")
+            self.doubt(f"where the page structs are: {error}")
             return
         for pfn, count, vaddr in self._section_runs(sections):
             yield from self._located(pfn, count, vaddr, sections.page_struct_size)
@@ -317,7 +318,7 @@ class CrashedKernel:
                 try:
                     raw = self.read(sections.array + first * _POINTER_SIZE, some * _POINTER_SIZE)
                 except CrashkernelError as error:
-                    self._doubt(f"memory sections from {first * per_root} on: {error}")
+                    self.doubt(f"memory sections from {first * per_root} on: {error}")
                     continue
                 places = np.frombuffer(raw, dtype).tolist()
             else:
@@ -329,7 +330,7 @@ class CrashedKernel:
                 try:
                     raw = self.read(place, size)
                 except CrashkernelError as error:
-                    self._doubt(f"memory sections from {(first + index) * per_root} on: {error}")
+                    self.doubt(f"memory sections from {(first + index) * per_root} on: {error}")
                     continue
                 table = np.frombuffer(raw, np.uint8).reshape(per_root, sections.section_size)
                 column = table[:, sections.map_offset : sections.map_offset + _POINTER_SIZE]
@@ -345,7 +346,7 @@ class CrashedKernel:
             there = (maps & wanted) == wanted
             mapped = np.uint64(_SECTION_PRESENT | _SECTION_HAS_MEM_MAP)
             if offline := int((((maps & mapped) == mapped) & ~there).sum()):
-                self._doubt(f"{offline} memory sections from {first} on are not online: their page structs may be unwritten")
+                self.doubt(f"{offline} memory sections from {first} on are not online: their page structs may be unwritten")
             numbers = np.flatnonzero(there)
             if not len(numbers):
                 continue
@@ -389,4 +390,4 @@ class CrashedKernel:
     def _gap(self, first: int, last: int) -> None:
         """Doubt page frames [first, last) whose structs are not there, if any of them is memory."""
         if first < last and self.source.memory.overlaps(Range(first * self._page_size, last * self._page_size)):
-            self._doubt(f"the page structs of page frames {first:#x}-{last:#x} are not in the dump")
+            self.doubt(f"the page structs of page frames {first:#x}-{last:#x} are not in the dump")
