@@ -112,10 +112,11 @@ def digest_file(
 
 @dataclass(frozen=True, slots=True)
 class PageCounts:
-    """K1's pages by what became of them. The kept ones include those of zeros that the dump level keeps."""
+    """K1's pages by what became of them. `zero` and `unreadable` ones are among those kept, the rest are not in the dump."""
 
     kept: int = 0
-    zero: int = 0  # dropped because they are all zeros
+    zero: int = 0  # kept ones that are all zeros and share one place in the dump
+    unreadable: int = 0  # kept ones that the source would not give: the dump has zeros for them
     cache: int = 0
     cache_private: int = 0
     user: int = 0
@@ -126,7 +127,7 @@ class PageCounts:
     @property
     def dropped(self) -> int:
         """Pages that are not in the dump."""
-        return sum(getattr(self, field.name) for field in fields(self)[1:])
+        return self.cache + self.cache_private + self.user + self.free + self.poisoned + self.offline
 
 
 @dataclass(frozen=True, slots=True)

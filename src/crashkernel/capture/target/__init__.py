@@ -1,0 +1,71 @@
+"""Where a dump goes, and what makes it whole.
+
+`base` (what every target is) · `local` (a file) · `device` (a block device) · `stream` (standard output, and what all streams
+share) · `ssh` · `web` (our receiver) · `saving` (the first target that takes it).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from crashkernel.capture.encryption import Encryption
+from crashkernel.capture.target.base import DUMP, INCOMPLETE, LOG, Heartbeat, Saved, Target, TargetFailed
+from crashkernel.capture.target.local import FileStreamTarget, FileTarget
+from crashkernel.capture.target.saving import STALL, NoTargetLeft, Write, save
+from crashkernel.capture.target.stream import StdoutTarget
+from crashkernel.errors import UsageError
+
+__all__ = [
+    "DUMP",
+    "INCOMPLETE",
+    "LOG",
+    "STALL",
+    "Heartbeat",
+    "NoTargetLeft",
+    "Saved",
+    "Target",
+    "TargetFailed",
+    "TargetOptions",
+    "Write",
+    "crash_name",
+    "parse_target",
+    "save",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetOptions:
+    """What the targets of one capture have in common."""
+
+    encryption: Encryption | None = None
+    ssh_identity: Path | None = None  # a private key (default: ssh's own)
+    ssh_config: Path | None = None  # in place of the user's ssh_config(5)
+    token_file: Path | None = None  # holds the receiver's token
+    ca_file: Path | None = None  # who signs for an https receiver (default: the system's)
+    stall: float = STALL  # seconds that a network may do nothing
+
+
+def parse_target(text: str, options: TargetOptions | None = None) -> Target:
+    """The target that a command line means: a path, `-`, /dev/…, ssh://[user@]host[:port]/dir, http[s]://host[:port]/prefix.
+
+    :raise UsageError: it is none of these, or lacks an option that it needs.
+    """
+    options = options or TargetOptions()
+    if text == "-":
+        return StdoutTarget(options.encryption)
+    if not text or not text.isprintable():
+        raise UsageError(f"{text!r} is no target", hint="give a directory, a file, a block device, -, ssh://… or http(s)://…")
+    if options.encryption:
+        return FileStreamTarget(text, options.encryption)
+    return FileTarget(text)
+
+
+def crash_name(host: str, when: float) -> str:
+    """The name of a crash's directory, as kdump-utils names it, but for the colons, which FAT and URLs would not take.
+
+    `host` is an address or a name (what is unfit for a file's name becomes "_"), `when` seconds since 1970.
+    """
+    fit = "".join(c if c.isascii() and (c.isalnum() or c in "-._") else "_" for c in host).lstrip(".-")[:64]
+    return f"{fit or 'localhost'}-{datetime.fromtimestamp(when, UTC):%Y-%m-%d-%H.%M.%S}"

@@ -1,0 +1,312 @@
+"""A file on a mounted file system, in a directory for each crash or by a name of the user's.
+
+The order that makes a dump whole, so that a crash or a kill between any two steps leaves either no dump's name, or a dump's
+name with its manifest beside it and all its bytes on the disk:
+
+1. the dump is written to `vmcore.incomplete` and flushed (fsync), and its digest taken;
+2. the manifest is written by an incomplete name, flushed, given its own name, and the directory flushed;
+3. the dump is given its name, and the directory flushed.
+
+A name that exists is never replaced: renameat2(RENAME_NOREPLACE), or link(2) where the file system does not know that (NFS).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from crashkernel.capture.encryption import SUFFIX, Encryption
+from crashkernel.capture.manifest import Contents, Manifest, digest_file, manifest_name
+from crashkernel.capture.target.base import DUMP, INCOMPLETE, SLOWEST, Heartbeat, Saved, TargetFailed
+from crashkernel.capture.target.stream import StreamTarget
+from crashkernel.memory import format_size
+
+_T = TypeVar("_T")
+
+_MOST_OF_A_NAME = 100
+"""How many times a name that is taken is tried with -1, -2, ... behind it."""
+
+_RENAME_NOREPLACE = 1  # include/uapi/linux/fs.h
+_AT_FDCWD = -100  # include/uapi/linux/fcntl.h
+_IN_MEMORY = ("tmpfs", "ramfs", "rootfs", "devtmpfs")
+
+
+class Place:
+    """Where a dump's files lie: names them, and gives names to what is whole.
+
+    A path that is a directory, or ends in a slash, gets a directory for each crash, which is nobody else's; any other is the
+    dump's own name.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self._own_directory = path.endswith("/") or self.path.is_dir()
+        self.name = f"{'directory' if self._own_directory else 'file'} {path}"
+        self.directory = self.path if self._own_directory else self.path.parent
+
+    def begin(self, crash: str) -> None:
+        """Make the crash's directory; the one it is in must exist, for in a capture kernel it is a mounted disk or nothing.
+
+        :raise TargetFailed: it does not, or the dump's own name is taken.
+        :raise OSError: it cannot be made.
+        """
+        if not self.directory.is_dir():
+            raise TargetFailed(self.name, f"there is no directory {self.directory}", hint="is its file system mounted?")
+        if not self._own_directory:
+            for taken in (self.path, self.path.with_name(manifest_name(self.path.name))):
+                if taken.is_symlink() or taken.exists():
+                    raise TargetFailed(self.name, f"{taken.name} exists", hint="choose another name, or remove it")
+            return
+        _, self.directory = _first_free(self.path / crash, _make_directory)
+        _flush_directory(self.path)
+
+    def dump_name(self, default: str) -> str:
+        """The dump's name once it is whole."""
+        return default if self._own_directory else self.path.name
+
+    def put(self, name: str, data: bytes) -> None:
+        """Store a small file; beside a dump with a name of its own, its begins with that.
+
+        :raise OSError: it cannot be stored.
+        """
+        if not self._own_directory:
+            name = self.path.name + name.removeprefix(DUMP)
+        descriptor, scratch = self.create(name)
+        try:
+            _write_all(descriptor, data)
+            os.fsync(descriptor)
+            _first_free(self.directory / name, lambda path: give_name(scratch, path))
+        except BaseException:
+            scratch.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(descriptor)
+        _flush_directory(self.directory)
+
+    def create(self, name: str) -> tuple[int, Path]:
+        """A new file for what is to be called `name`: its descriptor and its incomplete name.
+
+        :raise OSError: it cannot be created.
+        """
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        return _first_free(self.directory / (name + INCOMPLETE), lambda path: os.open(path, flags, 0o600))
+
+    def finish(self, scratch: Path, manifest: Manifest) -> Saved:
+        """Give the dump its name; all its bytes are on the disk.
+
+        :raise TargetFailed: somebody else has taken the name.
+        :raise OSError: the disk failed.
+        """
+        path = self.directory / manifest.file
+        beside = path.with_name(manifest_name(path.name))
+        descriptor, unsigned = self.create(beside.name)
+        try:
+            _write_all(descriptor, manifest.to_json().encode())
+            os.fsync(descriptor)
+            give_name(unsigned, beside)
+        except FileExistsError as error:
+            unsigned.unlink(missing_ok=True)
+            raise TargetFailed(self.name, f"{beside.name} exists by now") from error
+        except BaseException:
+            unsigned.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(descriptor)
+        _flush_directory(self.directory)
+        try:
+            give_name(scratch, path)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            if isinstance(error, FileExistsError):
+                raise TargetFailed(self.name, f"{path.name} exists by now") from error
+            raise
+        _flush_directory(self.directory)
+        return Saved(str(path), manifest)
+
+    def warnings(self, expected_size: int | None) -> list[str]:
+        """Too little room, or none that outlives a reboot."""
+        warnings = []
+        with contextlib.suppress(OSError):
+            status = os.statvfs(self.directory)
+            free = status.f_bavail * status.f_frsize
+            if expected_size is not None and free < expected_size:
+                warnings.append(f"{self.name} has {format_size(free)} free; the dump may take {format_size(expected_size)}")
+            if _file_system(self.directory) in _IN_MEMORY:
+                warnings.append(f"{self.name} is in memory: what is stored there is gone after a reboot")
+        return warnings
+
+
+class FileTarget:
+    """A file, written at any offset and by any number of processes."""
+
+    def __init__(self, path: str) -> None:
+        self._place = Place(path)
+        self.name = self._place.name
+        self.leftover: Path | None = None
+        self._alive = Heartbeat()
+        self._descriptor: int | None = None
+
+    failure = None  # whoever writes to a file sees for itself
+
+    def warnings(self, expected_size: int | None) -> list[str]:
+        """Too little room, or none that outlives a reboot."""
+        return self._place.warnings(expected_size)
+
+    def begin(self, crash: str, alive: Heartbeat) -> None:
+        """Make the crash's directory."""
+        self._alive = alive
+        self._place.begin(crash)
+
+    def put(self, name: str, data: bytes) -> None:
+        """Store a small file beside the dump."""
+        self._place.put(name, data)
+
+    def open(self) -> int:
+        """A new file with an incomplete name."""
+        self._descriptor, self.leftover = self._place.create(self._place.dump_name(DUMP))
+        return self._descriptor
+
+    def commit(self, contents: Contents) -> Saved:
+        """Flush it, take its digest, and give it its name."""
+        assert self._descriptor is not None
+        assert self.leftover is not None
+        size = flush(self._descriptor, self._alive)
+        digest = digest_file(self._descriptor, size, progress=self._alive.beat)
+        name = self._place.dump_name(DUMP)
+        saved = self._place.finish(self.leftover, Manifest(name, size, digest, contents))
+        self._close()
+        self.leftover = None
+        return saved
+
+    def abort(self) -> None:
+        """Close it."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+class FileStreamTarget(StreamTarget):
+    """A file that takes a stream from its first byte to its last: what is encrypted cannot be written at offsets."""
+
+    def __init__(self, path: str, encryption: Encryption) -> None:
+        self._place = Place(path)
+        super().__init__(self._place.name, encryption)
+        self._descriptor: int | None = None
+
+    def warnings(self, expected_size: int | None) -> list[str]:
+        """Too little room, or none that outlives a reboot."""
+        return self._place.warnings(expected_size)
+
+    def begin(self, crash: str, alive: Heartbeat) -> None:
+        """Make the crash's directory."""
+        super().begin(crash, alive)
+        self._place.begin(crash)
+
+    def _put(self, name: str, data: bytes) -> None:
+        self._place.put(name, data)
+
+    def _dump_name(self, contents: Contents) -> str:
+        return self._place.dump_name(super()._dump_name(contents))
+
+    def _start(self) -> None:
+        self._descriptor, self.leftover = self._place.create(self._place.dump_name(DUMP + SUFFIX))
+
+    def _send(self, data: memoryview) -> None:
+        assert self._descriptor is not None
+        _write_all(self._descriptor, data)
+
+    def _finish(self, manifest: Manifest) -> Saved:
+        assert self._descriptor is not None
+        assert self.leftover is not None
+        flush(self._descriptor, self._alive)
+        saved = self._place.finish(self.leftover, manifest)
+        self._stop()
+        self.leftover = None
+        return saved
+
+    def _stop(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def flush(descriptor: int, alive: Heartbeat) -> int:
+    """Wait until a file's bytes are on the disk; its size in bytes.
+
+    :raise OSError: the disk failed. The file is then worth nothing: the kernel reports a lost write once and forgets it.
+    """
+    size = os.fstat(descriptor).st_size
+    alive.beat(allow=size / SLOWEST)
+    os.fsync(descriptor)
+    alive.beat()
+    return size
+
+
+def give_name(scratch: Path, path: Path) -> None:
+    """Rename a file, but never onto one that exists.
+
+    :raise FileExistsError: the name is taken.
+    :raise OSError: it cannot be renamed.
+    """
+    try:
+        _rename_noreplace(scratch, path)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS):
+            raise
+        os.link(scratch, path)
+        scratch.unlink()
+
+
+def _rename_noreplace(source: Path, path: Path) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(path), _RENAME_NOREPLACE):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(path))
+
+
+def _first_free(path: Path, take: Callable[[Path], _T]) -> tuple[_T, Path]:
+    """Take `path`, or, if that exists, the first of `path`-1, -2, ... that does not: what `take` returned, and which."""
+    for number in range(_MOST_OF_A_NAME):
+        candidate = path.with_name(f"{path.name}-{number}") if number else path
+        try:
+            return take(candidate), candidate
+        except FileExistsError:
+            continue
+    raise FileExistsError(errno.EEXIST, f"there are {_MOST_OF_A_NAME} of {path.name} already", str(path))
+
+
+def _make_directory(path: Path) -> None:
+    path.mkdir(mode=0o700)
+
+
+def _write_all(descriptor: int, data: bytes | memoryview) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _flush_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _file_system(path: Path) -> str:
+    """The type of the file system that `path` is on, as /proc/self/mountinfo (proc(5)) has it; "" if it does not say."""
+    device = path.stat().st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+        before, _, after = line.partition(" - ")
+        if before.split()[2] == number:
+            return after.split()[0]
+    return ""

@@ -1,0 +1,390 @@
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from crashkernel.capture.encryption import Encryption
+from crashkernel.capture.manifest import Manifest, manifest_name
+from crashkernel.capture.target import (
+    LOG,
+    Heartbeat,
+    NoTargetLeft,
+    TargetFailed,
+    TargetOptions,
+    crash_name,
+    local,
+    parse_target,
+    save,
+)
+from crashkernel.errors import EnvironmentFault, FormatError, UsageError
+from support.dumps import claims, contents, dump_bytes, flattened, is_whole, writer
+
+SIZE = 300_000
+CRASH = "host-2026-11-25-01.02.03"
+FILES = {LOG: b"Kernel panic - not syncing\n"}
+
+needs_age = pytest.mark.skipif(shutil.which("age") is None, reason="age is not installed")
+
+
+def names(directory: Path) -> set[str]:
+    return {str(path.relative_to(directory)) for path in directory.rglob("*") if not path.is_dir()}
+
+
+def raising(error: BaseException):
+    def write(descriptor, beat):
+        os.write(descriptor, b"some")
+        raise error
+
+    return write
+
+
+# -- a file
+
+
+def test_a_directory_gets_one_for_the_crash(tmp_path):
+    saved = save(writer(SIZE), [parse_target(str(tmp_path))], CRASH, files=FILES)
+    directory = tmp_path / CRASH
+    assert names(tmp_path) == {f"{CRASH}/{name}" for name in ("vmcore", manifest_name("vmcore"), LOG)}
+    assert (directory / LOG).read_bytes() == FILES[LOG]
+    assert is_whole(directory / "vmcore", dump_bytes(SIZE))
+    assert saved.place == str(directory / "vmcore")
+    assert saved.manifest == Manifest.from_json((directory / manifest_name("vmcore")).read_text())
+    assert saved.manifest.contents == contents()
+    assert directory.stat().st_mode & 0o077 == 0
+    assert (directory / "vmcore").stat().st_mode & 0o077 == 0
+
+
+def test_a_second_crash_of_the_same_name_gets_another_directory(tmp_path):
+    for seed in range(3):
+        save(writer(SIZE, seed), [parse_target(f"{tmp_path}/")], CRASH, files=FILES)
+    found = claims(tmp_path)
+    assert [path.parent.name for path in found] == [CRASH, f"{CRASH}-1", f"{CRASH}-2"]
+    assert all(is_whole(path, dump_bytes(SIZE, seed)) for seed, path in enumerate(found))
+
+
+def test_a_file_of_the_users_own_name(tmp_path):
+    save(writer(SIZE), [parse_target(str(tmp_path / "vmcore.today"))], CRASH, files=FILES)
+    assert names(tmp_path) == {"vmcore.today", "vmcore.today.manifest.json", "vmcore.today-dmesg.txt"}
+    assert is_whole(tmp_path / "vmcore.today", dump_bytes(SIZE))
+
+
+@pytest.mark.parametrize("taken", ["mine", "mine.manifest.json"])
+def test_a_name_that_exists_is_never_replaced(tmp_path, taken):
+    (tmp_path / taken).write_text("precious")
+    with pytest.raises(NoTargetLeft, match=f"{taken} exists"):
+        save(writer(SIZE), [parse_target(str(tmp_path / "mine"))], CRASH)
+    assert names(tmp_path) == {taken}
+    assert (tmp_path / taken).read_text() == "precious"
+
+
+@pytest.mark.parametrize("taken", ["mine", "mine.manifest.json"])
+def test_a_name_taken_meanwhile_is_not_replaced_either(tmp_path, taken):
+    def late(number):
+        if number == 2:
+            (tmp_path / taken).write_text("precious")
+
+    with pytest.raises(NoTargetLeft, match="exists by now"):
+        save(writer(SIZE, before=late), [parse_target(str(tmp_path / "mine"))], CRASH)
+    assert names(tmp_path) == {taken, "mine.incomplete"}
+    assert (tmp_path / taken).read_text() == "precious"
+
+
+def test_a_log_that_is_there_already_does_not_stop_the_next_try(tmp_path):
+    (tmp_path / "mine-dmesg.txt").write_text("of an earlier try")
+    (tmp_path / "mine.incomplete").write_text("of an earlier try")
+    save(writer(SIZE), [parse_target(str(tmp_path / "mine"))], CRASH, files=FILES)
+    assert is_whole(tmp_path / "mine", dump_bytes(SIZE))
+    assert (tmp_path / "mine-dmesg.txt-1").read_bytes() == FILES[LOG]
+    assert (tmp_path / "mine-dmesg.txt").read_text() == (tmp_path / "mine.incomplete").read_text() == "of an earlier try"
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOSYS])
+def test_a_file_system_without_renameat2_does_as_well(tmp_path, monkeypatch, code):
+    def refuse(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(local, "_rename_noreplace", refuse)
+    save(writer(SIZE), [parse_target(str(tmp_path / "mine"))], CRASH)
+    assert names(tmp_path) == {"mine", "mine.manifest.json"}
+    assert is_whole(tmp_path / "mine", dump_bytes(SIZE))
+    (tmp_path / "x").write_text("other")
+    with pytest.raises(FileExistsError):
+        local.give_name(tmp_path / "x", tmp_path / "mine")
+    assert is_whole(tmp_path / "mine", dump_bytes(SIZE))
+
+
+def test_a_mount_that_is_missing_is_no_directory_to_be_made(tmp_path):
+    with pytest.raises(NoTargetLeft, match="there is no directory"):
+        save(writer(SIZE), [parse_target(f"{tmp_path}/missing/")], CRASH)
+    assert not names(tmp_path)
+
+
+def test_the_log_comes_first(tmp_path):
+    seen = []
+
+    def look(number):
+        (tmp_path / "seen").write_text(" ".join(sorted(names(tmp_path))))
+        seen.append(number)
+
+    save(writer(SIZE, before=look), [parse_target(str(tmp_path / "mine"))], CRASH, files={LOG: b"log"})
+    assert (tmp_path / "seen").read_text() == "mine-dmesg.txt mine.incomplete seen"
+
+
+def test_warns_of_too_little_room(tmp_path):
+    lines = []
+    save(writer(SIZE), [parse_target(str(tmp_path / "mine"))], CRASH, expected_size=1 << 60, report=lines.append)
+    assert any(" free; the dump may take " in line for line in lines)
+    assert is_whole(tmp_path / "mine", dump_bytes(SIZE))
+
+
+# -- one target after the other
+
+
+def test_the_next_target_takes_it_and_the_remains_go(tmp_path):
+    (tmp_path / "second").mkdir()
+    attempts = tmp_path / "attempts"
+
+    def write(descriptor, beat):
+        if attempts.exists():
+            return writer(SIZE)(descriptor, beat)
+        attempts.touch()
+        os.write(descriptor, b"some")
+        raise OSError(errno.ENOSPC, "full")
+
+    lines = []
+    targets = [parse_target(str(tmp_path / "first")), parse_target(str(tmp_path / "second"))]
+    saved = save(write, targets, CRASH, files=FILES, report=lines.append)
+    assert saved.place == str(tmp_path / "second" / CRASH / "vmcore")
+    assert names(tmp_path) == {
+        "attempts",
+        "first-dmesg.txt",
+        *(f"second/{CRASH}/{name}" for name in ("vmcore", manifest_name("vmcore"), LOG)),
+    }
+    assert lines == [
+        f"file {tmp_path}/first: No space left on device (make room on it); {tmp_path}/first.incomplete is what it has; "
+        f"trying directory {tmp_path}/second"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(errno.EIO, "x"), "Input/output error"),
+        (OSError(errno.ENOSPC, "x"), "No space left on device"),
+        (MemoryError(), "out of memory"),
+        (EnvironmentFault("no such luck"), "no such luck"),
+        (TargetFailed("it", "its reason"), "its reason"),
+    ],
+)
+def test_says_why_when_none_is_left(tmp_path, error, says):
+    with pytest.raises(NoTargetLeft, match=rf"NOT saved: file .*mine: {says}") as caught:
+        save(raising(error), [parse_target(str(tmp_path / "mine"))], CRASH, files=FILES)
+    assert caught.value.exit_code == 3
+    assert names(tmp_path) == {"mine.incomplete", "mine-dmesg.txt"}
+
+
+def test_no_target_at_all():
+    with pytest.raises(NoTargetLeft, match="there is no target"):
+        save(writer(SIZE), [], CRASH)
+
+
+def test_what_is_wrong_with_the_dump_itself_stops_everything(tmp_path):
+    (tmp_path / "second").mkdir()
+    with pytest.raises(FormatError, match=r"vmcore: no ELF at offset 0x40 \(try another\)") as caught:
+        save(
+            raising(FormatError("no ELF", source="vmcore", offset=0x40, hint="try another")),
+            [parse_target(str(tmp_path / "first")), parse_target(str(tmp_path / "second"))],
+            CRASH,
+        )
+    assert caught.value.hint == "try another"
+    assert caught.value.offset == 0x40
+    assert names(tmp_path) == {"first.incomplete"}
+
+
+def test_a_bug_is_a_bug(tmp_path):
+    with pytest.raises(RuntimeError, match="ZeroDivisionError: oops"):
+        save(raising(ZeroDivisionError("oops")), [parse_target(str(tmp_path / "first"))], CRASH)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_an_attempt_that_is_killed_is_one_that_failed(tmp_path, number):
+    def write(descriptor, beat):
+        os.kill(os.getpid(), number)
+        return writer(SIZE)(descriptor, beat)
+
+    with pytest.raises(NoTargetLeft, match=f"killed \\({number.name}"):
+        save(write, [parse_target(str(tmp_path / "mine"))], CRASH)
+    assert names(tmp_path) == {"mine.incomplete"}
+
+
+def test_one_that_stands_still_is_given_up_with_all_that_it_started(tmp_path, monkeypatch):
+    monkeypatch.setattr("crashkernel.capture.target.saving._GRACE", 0.0)
+    started = tmp_path / "pid"
+
+    def write(descriptor, beat):
+        started.write_text(str(subprocess.Popen(["sleep", "100"]).pid))
+        time.sleep(100)
+        return contents()
+
+    with pytest.raises(NoTargetLeft, match="no progress for 1 s"):
+        save(write, [parse_target(str(tmp_path / "mine"))], CRASH, stall=0.6)
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and running(int(started.read_text())):
+        time.sleep(0.02)
+    assert not running(int(started.read_text()))
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_slow_one_is_not_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr("crashkernel.capture.target.saving._GRACE", 0.0)
+    slow = writer(SIZE, before=lambda _: time.sleep(0.2))
+    save(slow, [parse_target(str(tmp_path / "mine"))], CRASH, stall=0.6)
+    assert is_whole(tmp_path / "mine", dump_bytes(SIZE))
+
+
+def test_a_heartbeat_is_heard_by_other_processes():
+    alive = Heartbeat()
+    assert 0 <= alive.silence < 10
+    pid = os.fork()
+    if pid == 0:
+        alive.beat(allow=1000)
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert alive.silence < -900
+
+
+# -- a stream
+
+
+def test_standard_output_gets_the_flattened_stream(tmp_path):
+    from crashkernel.capture.target.stream import StdoutTarget
+
+    with (tmp_path / "out").open("wb") as out:
+        saved = save(writer(SIZE), [StdoutTarget(descriptor=out.fileno())], CRASH, files=FILES)
+    assert (tmp_path / "out").read_bytes() == flattened(dump_bytes(SIZE))
+    assert saved.manifest.file == "vmcore.flat"
+    assert saved.manifest.size == len(flattened(dump_bytes(SIZE)))
+
+
+def test_a_terminal_is_refused():
+    from crashkernel.capture.target.stream import StdoutTarget
+
+    master, terminal = os.openpty()
+    try:
+        with pytest.raises(NoTargetLeft, match="standard output: it is a terminal"):
+            save(writer(SIZE), [StdoutTarget(descriptor=terminal)], CRASH)
+    finally:
+        os.close(master)
+        os.close(terminal)
+
+
+def test_a_reader_that_leaves_is_told(tmp_path):
+    from crashkernel.capture.target.stream import StdoutTarget
+
+    reader, out = os.pipe()
+    os.close(reader)
+    try:
+        with pytest.raises(NoTargetLeft, match="standard output: Broken pipe"):
+            save(writer(8 << 20), [StdoutTarget(descriptor=out)], CRASH)
+    finally:
+        os.close(out)
+
+
+# -- encryption
+
+
+@pytest.fixture
+def key(tmp_path_factory):
+    path = tmp_path_factory.mktemp("key") / "identity"
+    made = subprocess.run(["age-keygen", "-o", path], check=True, capture_output=True, text=True)
+    return path, made.stderr.split()[-1]
+
+
+def decrypted(path: Path, identity: Path) -> bytes:
+    return subprocess.run(["age", "--decrypt", "-i", identity, path], check=True, capture_output=True).stdout
+
+
+@needs_age
+def test_an_encrypted_dump_is_a_stream_that_only_the_key_opens(tmp_path, key):
+    identity, recipient = key
+    options = TargetOptions(encryption=Encryption.to(recipient))
+    saved = save(writer(SIZE), [parse_target(str(tmp_path), options)], CRASH, files=FILES)
+    directory = tmp_path / CRASH
+    assert names(directory) == {"vmcore.flat.age", "vmcore.flat.age.manifest.json", LOG + ".age"}
+    assert decrypted(directory / "vmcore.flat.age", identity) == flattened(dump_bytes(SIZE))
+    assert decrypted(directory / (LOG + ".age"), identity) == FILES[LOG]
+    assert is_whole(directory / "vmcore.flat.age", (directory / "vmcore.flat.age").read_bytes())
+    assert saved.manifest.encrypted_to == recipient
+
+
+@needs_age
+def test_a_file_of_recipients(tmp_path, key):
+    identity, recipient = key
+    keys = tmp_path / "keys"
+    keys.write_text(f"# who may read\n\n{recipient}\n")
+    assert Encryption.to(str(keys)) == Encryption((recipient,))
+    sealed = tmp_path / "sealed"
+    sealed.write_bytes(Encryption.to(str(keys)).encrypt(b"secret"))
+    assert decrypted(sealed, identity) == b"secret"
+
+
+@needs_age
+@pytest.mark.parametrize(
+    ("text", "says"), [("", "has no public key"), ("# none", "has no public key"), ("AGE-SECRET", "no public")]
+)
+def test_a_file_without_recipients(tmp_path, text, says):
+    (tmp_path / "keys").write_text(text)
+    with pytest.raises(UsageError, match=says):
+        Encryption.to(str(tmp_path / "keys"))
+    with pytest.raises(UsageError, match="no public key, and no file"):
+        Encryption.to(str(tmp_path / "missing"))
+
+
+@needs_age
+def test_a_key_that_age_refuses_leaves_nothing_in_the_clear(tmp_path):
+    options = TargetOptions(encryption=Encryption.to("age1nonsense"))
+    for files in (FILES, {}):
+        with pytest.raises(NoTargetLeft, match=r"age1nonsense|malformed"):
+            save(writer(8 << 20), [parse_target(str(tmp_path), options)], CRASH, files=files)
+    assert not claims(tmp_path)
+    assert all(path.stat().st_size == 0 for path in tmp_path.rglob("*") if path.is_file())
+
+
+def test_without_age_there_is_no_encryption(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(EnvironmentFault, match="age is missing"):
+        Encryption.to("age1xyz")
+
+
+# -- names
+
+
+@pytest.mark.parametrize(
+    ("host", "name"),
+    [
+        ("power9.example.org", "power9.example.org-2023-11-14-22.13.20"),
+        ("::1", "__1-2023-11-14-22.13.20"),
+        ("../../etc", "_.._etc-2023-11-14-22.13.20"),
+        ("", "localhost-2023-11-14-22.13.20"),
+        ("é\n", "__-2023-11-14-22.13.20"),
+    ],
+)
+def test_the_name_of_a_crash(host, name):
+    assert crash_name(host, 1_700_000_000) == name
+
+
+@pytest.mark.parametrize("text", ["", "a\0b", "a\nb"])
+def test_no_target(text):
+    with pytest.raises(UsageError, match="no target"):
+        parse_target(text)
