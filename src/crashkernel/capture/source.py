@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
@@ -54,6 +55,7 @@ class Source(Protocol):
     notes: bytes  # the PT_NOTE contents, merged: NT_PRSTATUS of each CPU, VMCOREINFO, ...
     vmcoreinfo: VmcoreInfo
     memory: RangeSet  # physical memory it knows of, in bytes
+    linear_base: int | None  # the virtual address of physical address 0 in K1's linear mapping, if it says so
 
     @property
     def page_size(self) -> int:
@@ -108,7 +110,8 @@ class ElfVmcore:
     share one object after a fork, and no mapping counts as our memory.
 
     `segments` are the PT_LOADs in ascending order without overlaps. Where two of them hold the same memory the one that
-    comes first in the file counts: on x86_64 kexec-tools describes K1's text once more as it was mapped.
+    comes first in the file counts: on x86_64 kexec-tools describes K1's text once more as it was mapped. `linear_base` is the
+    virtual address of physical address 0 in K1's linear mapping, None where the file does not say.
 
     :raise FormatError: it is no vmcore of ppc64 or x86_64, it is cut off, or VMCOREINFO is missing.
     :raise EnvironmentFault: it cannot be read.
@@ -141,6 +144,7 @@ class ElfVmcore:
         self._read_notes(elf)
         self.segments = tuple(_stretches(elf.loads, self.name))
         self.memory = RangeSet(Range.sized(each.paddr, each.size) for each in self.segments)
+        self.linear_base = _linear_base(elf.loads)
         self._paddrs = [each.paddr for each in self.segments]
         self._starts = np.array(self._paddrs, np.int64)
         self._ends = np.array([each.end for each in self.segments], np.int64)
@@ -244,6 +248,8 @@ class ElfVmcore:
         page_size = self._page_size
         if not len(pfns):
             return
+        if not self.segments:
+            raise MissingMemory(int(pfns[0]) * page_size, page_size, source=self.name)
         paddrs = pfns * page_size
         at = np.searchsorted(self._starts, paddrs, side="right") - 1  # -1 is below all memory: no page of it is whole
         offsets = paddrs + self._shifts[at]
@@ -293,6 +299,15 @@ class ElfVmcore:
         data = bytearray(size)
         self._fill(file_offset, memoryview(data))
         return bytes(data)
+
+
+def _linear_base(loads: Sequence[Segment]) -> int | None:
+    """The virtual address of physical address 0, by most of the memory that has virtual addresses; None where none has."""
+    sizes: Counter[int] = Counter()
+    for each in loads:
+        if each.vaddr and each.vaddr != (1 << 64) - 1:
+            sizes[(each.vaddr - each.paddr) % (1 << 64)] += each.memory_size
+    return max(sizes, key=sizes.__getitem__, default=None)
 
 
 def _stretches(loads: Sequence[Segment], source: str) -> Iterator[Stretch]:
