@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from crashkernel.capture.encryption import Encryption
-from crashkernel.capture.manifest import Manifest, manifest_name
+from crashkernel.capture.manifest import Digest, Manifest, digest_file, manifest_name
 from crashkernel.capture.target import (
     LOG,
     Heartbeat,
@@ -21,8 +21,10 @@ from crashkernel.capture.target import (
     parse_target,
     save,
 )
+from crashkernel.capture.target.device import DeviceHead, DeviceTarget, open_device_dump, read_device_head
 from crashkernel.errors import EnvironmentFault, FormatError, UsageError
 from support.dumps import claims, contents, dump_bytes, flattened, is_whole, writer
+from support.hostile import survives
 
 SIZE = 300_000
 CRASH = "host-2026-11-25-01.02.03"
@@ -299,6 +301,111 @@ def test_a_reader_that_leaves_is_told(tmp_path):
             save(writer(8 << 20), [StdoutTarget(descriptor=out)], CRASH)
     finally:
         os.close(out)
+
+
+# -- a block device: here a file, which differs in that nobody can mount it
+
+ROOM = 4 << 20
+
+
+def device(tmp_path: Path, size: int = ROOM) -> Path:
+    path = tmp_path / "device"
+    path.write_bytes(bytes(size))
+    return path
+
+
+def test_a_device_holds_the_dump_behind_its_head(tmp_path):
+    path = device(tmp_path)
+    saved = save(writer(SIZE), [DeviceTarget(str(path))], CRASH, files=FILES)
+    file_offset, size, manifest = open_device_dump(path)
+    assert path.read_bytes()[file_offset : file_offset + size] == dump_bytes(SIZE)
+    assert manifest == saved.manifest
+    assert (manifest.file, manifest.size, manifest.contents) == ("vmcore", SIZE, contents())
+    with path.open("rb") as file:
+        assert digest_file(file.fileno(), size, start=file_offset) == manifest.digest
+    assert read_device_head(path).log == FILES[LOG]
+
+
+def test_a_device_that_failed_has_the_log_and_claims_nothing(tmp_path):
+    path = device(tmp_path)
+    lines = []
+    save(writer(SIZE), [DeviceTarget(str(path))], CRASH, files=FILES, report=lines.append)
+    assert not lines
+    with pytest.raises(NoTargetLeft, match="Input/output error"):
+        save(raising(OSError(errno.EIO, "x")), [DeviceTarget(str(path))], CRASH, files={LOG: b"new"}, report=lines.append)
+    assert lines[0] == f"device {path} holds a whole dump, of 6.1.0: it is overwritten"
+    assert read_device_head(path) == DeviceHead(None, b"new")
+    with pytest.raises(FormatError, match="incomplete"):
+        open_device_dump(path)
+
+
+def test_of_a_long_log_the_end_is_kept(tmp_path):
+    path = device(tmp_path)
+    save(writer(SIZE), [DeviceTarget(str(path))], CRASH, files={LOG: b"x" * (2 << 20) + b"panic"})
+    log = read_device_head(path).log
+    assert log.endswith(b"xpanic")
+    assert len(log) > 900_000
+    assert open_device_dump(path)[1] == SIZE
+
+
+@needs_age
+def test_an_encrypted_dump_on_a_device(tmp_path, key):
+    identity, recipient = key
+    path = device(tmp_path)
+    save(writer(SIZE), [DeviceTarget(str(path), Encryption.to(recipient))], CRASH, files=FILES)
+    file_offset, size, manifest = open_device_dump(path)
+    (tmp_path / "sealed").write_bytes(path.read_bytes()[file_offset : file_offset + size])
+    assert manifest.file == "vmcore.flat.age"
+    assert decrypted(tmp_path / "sealed", identity) == flattened(dump_bytes(SIZE))
+    (tmp_path / "sealed").write_bytes(read_device_head(path).log)
+    assert decrypted(tmp_path / "sealed", identity) == FILES[LOG]
+
+
+@pytest.mark.parametrize(
+    ("at", "magic", "what"),
+    [
+        (510, b"\x55\xaa", "partition table"),
+        (512, b"EFI PART", "partition table"),
+        (ROOM - 512, b"EFI PART", "partition table"),
+        (0x438, b"\x53\xef", "ext4"),
+        (0, b"XFSB", "XFS"),
+        (0x10040, b"_BHRfS_M", "btrfs"),
+        (ROOM - 8192, b"\xfc\x4e\x2b\xa9", "RAID"),
+        (0xFFFF, b"x", "something unknown"),
+    ],
+)
+def test_what_is_not_ours_is_not_overwritten(tmp_path, at, magic, what):
+    path = device(tmp_path)
+    before = bytearray(ROOM)
+    before[at : at + len(magic)] = magic
+    path.write_bytes(before)
+    with pytest.raises(NoTargetLeft, match=f"it holds .*{what}.*not to be overwritten"):
+        save(writer(SIZE), [DeviceTarget(str(path))], CRASH, files=FILES)
+    assert path.read_bytes() == before
+
+
+def test_a_device_that_is_missing_is_no_file_to_be_made():
+    target = parse_target("/dev/no-such-device")
+    with pytest.raises(NoTargetLeft, match="there is no such device"):
+        save(writer(SIZE), [target], CRASH)
+    assert not Path("/dev/no-such-device").exists()
+
+
+def test_a_head_survives_being_read_back():
+    manifest = Manifest("vmcore", 7, Digest("00" * 32), contents())
+    for head in (DeviceHead(None, b""), DeviceHead(None, b"log"), DeviceHead(manifest, b"log")):
+        assert DeviceHead.from_bytes(head.to_bytes()) == head
+
+
+def test_no_damage_to_a_head_goes_unnoticed():
+    head = DeviceHead(Manifest("vmcore", 7, Digest("00" * 32), contents()), b"log")
+    data = head.to_bytes()
+    for at in (*range(0x48), *range(0x1000, 0x1100), 0x10000, 0x10002):
+        damaged = bytearray(data)
+        damaged[at] ^= 1
+        assert not survives(DeviceHead.from_bytes, bytes(damaged)), hex(at)
+    assert not survives(DeviceHead.from_bytes, data[:-1])
+    assert not survives(DeviceHead.from_bytes, b"")
 
 
 # -- encryption

@@ -13,10 +13,12 @@ Of two records for the same bytes the later one counts. What no record is about,
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from crashkernel.errors import FormatError, UsageError
+from crashkernel.formats.fields import boolean, count, text
 
 SIGNATURE = b"makedumpfile"
 HEADER_SIZE = 4096
@@ -105,6 +107,35 @@ class Decoder:
         self._in_records = False
         self._file_offset = 0
         self._left = 0  # bytes of the current record that are still to come
+
+    def state(self) -> dict[str, int | bool | str]:
+        """Where the decoder stands, for JSON: another one can go on from there (`resumed`), also in another process."""
+        return {
+            "ended": self.ended,
+            "position": self.position,
+            "head": self._head.hex(),
+            "in_records": self._in_records,
+            "file_offset": self._file_offset,
+            "left": self._left,
+        }
+
+    @classmethod
+    def resumed(cls, state: Mapping[str, Any], source: str = "") -> Decoder:
+        """A decoder that stands where the one stood whose `state` this was.
+
+        :raise FormatError: it is none.
+        """
+        decoder = cls(source)
+        try:
+            decoder.ended, decoder._in_records = boolean(state["ended"]), boolean(state["in_records"])
+            decoder.position, decoder._file_offset, decoder._left = (
+                count(state[name], 2 * _MAX_END) for name in ("position", "file_offset", "left")
+            )
+            decoder._head = bytearray.fromhex(text(state["head"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise FormatError(f"no state of a decoder: {error}", source=source) from error
+        decoder._wanted = RECORD_HEADER_SIZE if decoder._in_records else HEADER_SIZE
+        return decoder
 
     def feed(self, data: bytes | memoryview) -> Iterator[tuple[int, memoryview]]:
         """Yield (file offset, bytes) of what `data`, the next piece of the stream, holds; to be used before the next piece.

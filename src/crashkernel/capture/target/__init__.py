@@ -12,6 +12,7 @@ from pathlib import Path
 
 from crashkernel.capture.encryption import Encryption
 from crashkernel.capture.target.base import DUMP, INCOMPLETE, LOG, Heartbeat, Saved, Target, TargetFailed
+from crashkernel.capture.target.device import DeviceTarget
 from crashkernel.capture.target.local import FileStreamTarget, FileTarget
 from crashkernel.capture.target.saving import STALL, NoTargetLeft, Write, save
 from crashkernel.capture.target.stream import StdoutTarget
@@ -57,9 +58,18 @@ def parse_target(text: str, options: TargetOptions | None = None) -> Target:
         return StdoutTarget(options.encryption)
     if not text or not text.isprintable():
         raise UsageError(f"{text!r} is no target", hint="give a directory, a file, a block device, -, ssh://… or http(s)://…")
+    if _is_device(text):
+        return DeviceTarget(text, options.encryption)
     if options.encryption:
         return FileStreamTarget(text, options.encryption)
     return FileTarget(text)
+
+
+def _is_device(path: str) -> bool:
+    """Whether it is a block device; or would be one, if it were there: no file is to be made in /dev, which is memory."""
+    if Path(path).is_block_device():
+        return True
+    return path.startswith("/dev/") and not Path(path).exists() and not path.startswith("/dev/shm/")  # noqa: S108
 
 
 def crash_name(host: str, when: float) -> str:
