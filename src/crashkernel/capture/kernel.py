@@ -43,6 +43,7 @@ _MAX_VMEMMAP_SHIFT = 34  # log2 of the largest page a ppc64 CPU has, 16 GiB
 _SECTION_PRESENT, _SECTION_HAS_MEM_MAP, _SECTION_ONLINE = 1 << 0, 1 << 1, 1 << 2
 _SECTION_SIZE_BITS = {EM_X86_64: 27}  # where VMCOREINFO has no SECTION_SIZE_BITS (before 5.13)
 _PPC64_SECTION_SIZE_BITS = 24
+_MAX_SECTION_SIZE_BITS = 40  # the largest of any machine is 34 (`CONFIG_PA_SECTION_SHIFT` and its like)
 _ROOTS_AT_A_TIME = 64
 
 
@@ -281,7 +282,8 @@ class CrashedKernel:
         page_bits = self._page_size.bit_length() - 1
         size, offset = info.size("mem_section"), info.offset("mem_section.section_mem_map")
         struct_size = info.size("page")
-        if not page_bits < bits < 64 or not 0 <= offset <= size - _POINTER_SIZE or size > self._page_size or struct_size <= 0:
+        sane = page_bits < bits <= _MAX_SECTION_SIZE_BITS and 0 <= offset <= size - _POINTER_SIZE and size <= self._page_size
+        if not sane or not 0 < struct_size <= self._page_size:
             raise FormatError("VMCOREINFO's struct mem_section or section size makes no sense", source=name)
         if size & (size - 1):  # BUILD_BUG_ON in sparse_init (mm/sparse.c)
             raise FormatError(f"VMCOREINFO has a struct mem_section of {size} bytes, not a power of two", source=name)
@@ -312,6 +314,8 @@ class CrashedKernel:
         per_root = sections.per_root(self._page_size)
         size = per_root * sections.section_size
         roots = -(-sections.count // per_root)
+        if sections.extreme and "LENGTH(mem_section)" in self.info:
+            roots = min(roots, self.info.length("mem_section"))
         for first in range(0, roots, _ROOTS_AT_A_TIME):
             some = min(_ROOTS_AT_A_TIME, roots - first)
             if sections.extreme:

@@ -46,6 +46,7 @@ class Mapping(Protocol):
 class Format:
     """How an architecture writes its tables. `levels` are the bits of the virtual address each indexes, top level first."""
 
+    lowest: int  # the kernel's part of the address space begins here, and is as large as the table's reach or ends with 64 bits
     levels: tuple[int, ...]
     page_bits: int  # log2 of the bytes in a page, which the last level's entries map
     byteorder: ByteOrder  # of the entries
@@ -59,6 +60,7 @@ def x86_64_format(*, five_levels: bool, encryption_mask: int = 0) -> Format:
     """Return the format of x86_64's tables. `encryption_mask` is AMD SME's C-bit, which belongs to no address (sme_mask)."""
     address = ((1 << 52) - 1) & ~0xFFF & ~encryption_mask
     return Format(
+        lowest=(1 << 64) - (1 << (56 if five_levels else 47)),  # the upper half of the canonical addresses
         levels=(9,) * (5 if five_levels else 4),
         page_bits=12,
         byteorder="little",
@@ -80,6 +82,7 @@ def ppc64_format(page_size: int, *, radix: bool) -> Format:
     The entries are big-endian whatever the kernel is (`pgtable-be-types.h`).
     """
     return Format(
+        lowest=0xC << 60,  # quadrant 3 of radix; the top bits are no part of the index
         levels=(_RADIX_LEVELS if radix else _HASH_LEVELS)[page_size],
         page_bits=_PAGE_BITS[page_size],
         byteorder="big",
@@ -109,13 +112,13 @@ class PageTable:
         for bits in reversed(layout.levels[1:]):
             shifts.append(shifts[-1] + bits)
         self._shifts = tuple(reversed(shifts))  # log2 of what one entry of each level maps
-        self._reach = self._shifts[0] + layout.levels[0]
+        self._lowest = layout.lowest
+        self._end = min(layout.lowest + (1 << (self._shifts[0] + layout.levels[0])), 1 << 64)
 
     def spans(self, start: int, end: int) -> Iterator[Span]:
-        """Yield where the virtual addresses [start, end) lie; they must not cross what the whole table reaches."""
-        if start >= end or start >> self._reach != (end - 1) >> self._reach:
-            return iter(())
-        return merged(self._walk(0, self.root, start, end))
+        """Yield where the virtual addresses [start, end) lie."""
+        start, end = max(start, self._lowest), min(end, self._end)
+        return merged(self._walk(0, self.root, start, end)) if start < end else iter(())
 
     def _walk(self, depth: int, table: int, start: int, end: int) -> Iterator[Span]:
         """Yield the spans of [start, end), all of which the table at `table` is for."""
