@@ -77,6 +77,7 @@ class MemorySource:
         self.notes = notes
         self.vmcoreinfo = VmcoreInfo.from_bytes(info.encode(), self.name)
         self.memory = ranges
+        self.linear_base = None
         self.bytes = memory
         self.reads = 0
 

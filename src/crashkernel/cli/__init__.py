@@ -1,17 +1,18 @@
 """The `crashkernel` command: the only room that prints or exits.
 
-`describe`, `planning` (plan, compare) and `rescue` (load, status, unload) run on the POWER host and in its initramfs; `twin`
-(drill, matrix) and `bench` on the engineer's machine. The latter and their dependencies are only imported when asked for.
+`describe`, `planning` (plan, compare) and `rescue` (load, status, unload) run on the POWER host and in its initramfs, `capture`
+in the capture kernel; `dumps` (inspect, verify, convert) and `receive` wherever a dump goes; `twin` (drill, matrix) and `bench`
+on the engineer's machine. A command's module, and what that stands on, is imported only when it is asked for.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 
 from crashkernel import __version__
-from crashkernel.cli import describe, planning, rescue
 from crashkernel.errors import CrashkernelError
 from crashkernel.report.terminal import visible
 
@@ -23,6 +24,11 @@ _EPILOG = """on the POWER host:
   crashkernel compare                       both placements side by side
   crashkernel load                          protect this host with its own kernel
   crashkernel status                        is it protected, and how?
+
+in the capture kernel, and where dumps go:
+  crashkernel capture                       save /proc/vmcore, filtered and compressed
+  crashkernel receive DIR                   take dumps over the network
+  crashkernel inspect vmcore                what crashed, and is the dump whole?
 
 on any machine with QEMU:
   crashkernel drill                         crash a twin, both placements, and check every byte
@@ -36,6 +42,19 @@ environment:
   CRASHKERNEL_DEBUG=1                       show the traceback of a bug
   CRASHKERNEL_CACHE, CRASHKERNEL_MIRROR     where the drill keeps Debian's packages, where it gets them
 """
+
+
+_COMMANDS = {
+    "describe": ("describe",),
+    "planning": ("plan", "compare"),
+    "rescue": ("load", "status", "unload", "quarantine"),
+    "capture": ("capture",),
+    "dumps": ("inspect", "verify", "convert"),
+    "receive": ("receive",),
+    "twin": ("drill", "describe-twin", "matrix", "big-endian"),
+    "bench": ("bench",),
+}
+"""The modules of this room, and the commands of each."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,13 +91,8 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"crashkernel {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    describe.add_commands(commands)
-    planning.add_commands(commands)
-    rescue.add_commands(commands)
     # In an initramfs neither the drill nor what it stands on is there; and parsing `load` needs none of it.
-    if not argv or argv[0] not in (*describe.COMMANDS, *planning.COMMANDS, *rescue.COMMANDS):
-        from crashkernel.cli import bench, twin  # noqa: PLC0415
-
-        twin.add_commands(commands)
-        bench.add_commands(commands)
+    asked = [module for module, names in _COMMANDS.items() if argv and argv[0] in names]
+    for module in asked or _COMMANDS:
+        importlib.import_module(f"crashkernel.cli.{module}").add_commands(commands)
     return parser

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from crashkernel.machine import Machine
 
-COMMANDS = ("describe",)
 
 _EPILOG = f"""examples:
   crashkernel describe --out machine.json           this host, to be planned for on another machine

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from crashkernel.placement.comparison import Recommendation, Variant
     from crashkernel.placement.plan import PlacementName
 
-COMMANDS = ("plan", "compare")
 
 _FDT_MAGIC = b"\xd0\x0d\xfe\xed"
 

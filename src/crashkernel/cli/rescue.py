@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from crashkernel.placement.plan import LoadPlan
     from crashkernel.quarantine import Quarantine, Released
 
-COMMANDS = ("load", "status", "unload", "quarantine")
 
 _LOAD_EPILOG = """examples:
   crashkernel load                                  K2 is this host's own kernel, in the reserved region

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Literal
 
 from crashkernel.errors import FormatError, UsageError
@@ -143,6 +143,25 @@ class ElfFile:
         """The PT_LOAD segments, in the file's order."""
         return tuple(each for each in self.segments if each.type == PT_LOAD)
 
+    def to_bytes(self) -> bytes:
+        """Write the ELF header and the program headers behind it, as `from_bytes` reads them; sections there are none.
+
+        :raise UsageError: when there is no segment, or more than a program header count can tell.
+        """
+        count = len(self.segments)
+        if not 0 < count < PN_XNUM:
+            raise UsageError(f"a core header holds 1 to {PN_XNUM - 1} segments, not {count}")
+        order = _order(self.byteorder)
+        ident = (_MAGIC + bytes((_CLASS_64, 1 if self.byteorder == "little" else 2, _VERSION))).ljust(_IDENT_SIZE, b"\0")
+        header = struct.pack(
+            order + _HEADER,
+            *(self.type, self.machine, _VERSION),
+            *(self.entry, _HEADER_SIZE, 0, self.flags),  # entry, phoff, shoff, flags
+            *(_HEADER_SIZE, _PROGRAM_HEADER_SIZE, count, 0, 0, 0),
+        )
+        segment = struct.Struct(order + _PROGRAM_HEADER)
+        return b"".join((ident, header, *(segment.pack(*astuple(each)) for each in self.segments)))
+
     def notes(self, data: bytes | memoryview) -> Iterator[Note]:
         """Yield the notes of every PT_NOTE segment, `data` being the file from its start.
 
@@ -172,6 +191,11 @@ def _check(segment: Segment, number: int, file_size: int, source: str) -> None:
     if segment.type == PT_LOAD and segment.file_size > segment.memory_size:  # gABI chapter 5, p_memsz
         message = f"{name} has {segment.file_size:#x} bytes in the file for {segment.memory_size:#x} in memory"
         raise FormatError(message, source=source)
+
+
+def headers_size(segments: int) -> int:
+    """Bytes that the headers of a file with so many segments take (`ElfFile.to_bytes`)."""
+    return _HEADER_SIZE + segments * _PROGRAM_HEADER_SIZE
 
 
 def section_addresses(data: bytes | memoryview) -> dict[str, int]:
@@ -274,23 +298,11 @@ def build_core_header(byteorder: ByteOrder, machine: int, notes: Sequence[tuple[
 
     :raise UsageError: when there is no segment, or more than the kernel can count.
     """
-    count = len(notes) + len(loads)
-    if not 0 < count < PN_XNUM:
-        raise UsageError(f"a core header holds 1 to {PN_XNUM - 1} segments, not {count}")
-    order = _order(byteorder)
-    ident = (_MAGIC + bytes((_CLASS_64, 1 if byteorder == "little" else 2, _VERSION))).ljust(_IDENT_SIZE, b"\0")
-    header = struct.pack(
-        order + _HEADER,
-        *(ET_CORE, machine, _VERSION),
-        *(0, _HEADER_SIZE, 0, 0),  # entry, phoff, shoff, flags
-        *(_HEADER_SIZE, _PROGRAM_HEADER_SIZE, count, 0, 0, 0),
-    )
-    segment = struct.Struct(order + _PROGRAM_HEADER)
     # The notes go first: the kernel merges them into the first program header.
-    blocks = [segment.pack(PT_NOTE, 0, location, 0, location, size, size, 0) for location, size in notes]
-    for each in loads:
-        blocks.append(segment.pack(PT_LOAD, PF_R | PF_W | PF_X, each.location, each.vaddr, each.paddr, each.size, each.size, 0))
-    return b"".join((ident, header, *blocks))
+    segments = [Segment(PT_NOTE, 0, location, 0, location, size, size, 0) for location, size in notes]
+    flags = PF_R | PF_W | PF_X
+    segments += [Segment(PT_LOAD, flags, each.location, each.vaddr, each.paddr, each.size, each.size, 0) for each in loads]
+    return ElfFile(byteorder, ET_CORE, machine, 0, 0, tuple(segments)).to_bytes()
 
 
 # The order of struct pt_regs; crash_save_cpu copies 48 words (ELF_NGREG), of which the last four are the kernel's own.

@@ -1,0 +1,301 @@
+"""Many processes that read and compress pages; results come back in order, whatever the number of processes.
+
+A worker is a fork of the capture. It is told which pages to take, reads them from the source, finds those that are all zeros,
+compresses the others, and says that it is done; pages and results lie in memory that both share, so that nothing is
+copied between processes. Who runs the crew writes the results, alone and in order: so a dump is the same whatever the number of
+workers, and a worker that dies (the capture kernel is short of memory, and the kernel kills) takes nothing with it: what it had
+not finished is done again, by the process that runs the crew if there is nobody else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import select
+import signal
+import struct
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crashkernel.capture.codec import Codec, Compress, PageBatch
+from crashkernel.capture.source import MissingMemory, Source
+from crashkernel.errors import CrashkernelError, EnvironmentFault
+
+Pfns = NDArray[np.int64]
+
+BATCH_BYTES = 1 << 20
+"""Bytes of pages in a batch: large enough that handing it over costs little, small enough to stay in a CPU's cache."""
+
+_SLOTS = 3  # batches a worker may have: one in hand, one waiting, one being written
+_REQUEST = struct.Struct("=II")  # slot, pages
+_REPLY = struct.Struct("=II")  # slot, pages that could not be read; or _FAILED
+_FAILED = 0xFFFFFFFF
+_EXPENDABLE = b"500"  # oom_score_adj: of all processes here, a worker is the one that can be spared
+
+
+class WorkerFailed(CrashkernelError):
+    """A worker met something it could not deal with: it would fail in any other process too."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Result:
+    """A batch as it is to be written, valid until the next one is asked for.
+
+    Of each page: its `pfns`, and where its `size` bytes lie in this process (`address`). A size of 0 is a page of zeros, and
+    nothing is to be stored of it; one of a whole page is the page as it is. `unreadable` are page frames that could not be
+    read; they are zeros here.
+    """
+
+    pfns: Pfns
+    address: NDArray[np.uint64]
+    size: NDArray[np.uint64]
+    unreadable: tuple[int, ...]
+
+
+class _Slot:
+    """Shared memory for one batch, and how to do it: read, look for zeros, compress."""
+
+    def __init__(self, capacity: int, page_size: int) -> None:
+        size = PageBatch.bytes_for(capacity, page_size)
+        self._memory = mmap.mmap(-1, size + 9 * capacity)
+        view = memoryview(self._memory)
+        self.batch = PageBatch.within(view[:size], capacity, page_size)
+        rest = np.frombuffer(view[size:], np.uint8)
+        self.pfns: Pfns = rest[: 8 * capacity].view(np.int64)
+        self.unreadable: NDArray[np.uint8] = rest[8 * capacity :]
+        self._compress: Compress | None = None
+        self._words = self.batch.pages.view(np.uint64).reshape(capacity, -1)
+
+    def do(self, count: int, source: Source, codec: Codec, *, drop_zeros: bool) -> int:
+        """Do the batch of the first `count` of `pfns`; how many of them could not be read."""
+        if self._compress is None:  # in the worker, for it has working memory
+            self._compress = codec.compressor(self.batch)
+        pages = self.batch.pages[: count * self.batch.page_size]
+        failed = 0
+        try:
+            source.read_pages(self.pfns[:count], pages)
+        except (EnvironmentFault, MissingMemory):
+            failed = self._read_one_by_one(count, source)
+        which = np.arange(count)
+        if drop_zeros:
+            zero = self._zero_pages(count)
+            self.batch.size[zero] = 0
+            which = np.delete(which, zero)
+        self._compress(which)
+        return failed
+
+    def _read_one_by_one(self, count: int, source: Source) -> int:
+        """A page that cannot be read (a memory error, a hypervisor that refuses) must not cost the others."""
+        self.unreadable[:count] = 0
+        page_size = self.batch.page_size
+        for number in range(count):
+            page = self.batch.pages[number * page_size : (number + 1) * page_size]
+            try:
+                source.read_pages(self.pfns[number : number + 1], page)
+            except (EnvironmentFault, MissingMemory):
+                page[:] = 0
+                self.unreadable[number] = 1
+        return int(self.unreadable[:count].sum())
+
+    def _zero_pages(self, count: int) -> NDArray[np.intp]:
+        """Numbers of the pages that are all zeros: a look at a few words of each first, then at those of the few that pass."""
+        words = self._words[:count]
+        few = words[:, 0] | words[:, 64] | words[:, 257] | words[:, 511]
+        candidates = np.flatnonzero(few == 0)
+        if len(candidates):
+            candidates = candidates[~words[candidates, ::8].any(axis=1)]
+        if len(candidates):
+            candidates = candidates[~words[candidates].any(axis=1)]
+        return candidates
+
+
+@dataclass(slots=True, eq=False)
+class _Worker:
+    pid: int
+    requests: int
+    replies: int
+    free: list[_Slot]
+    slots: list[_Slot]
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    pfns: Pfns
+    worker: _Worker | None = None
+    slot: _Slot | None = None
+    failed: int | None = None  # once it is done
+
+
+@dataclass(eq=False)
+class Crew:
+    """`workers` processes that take pages from `source` and compress them with `codec`; a context manager.
+
+    With `drop_zeros` a page of zeros is found, not stored.
+    """
+
+    source: Source
+    codec: Codec
+    workers: int
+    drop_zeros: bool
+    _team: list[_Worker] = field(default_factory=list)
+    _poll: select.poll = field(default_factory=select.poll)
+
+    def __post_init__(self) -> None:
+        self.page_size = self.source.page_size
+        self.capacity = max(1, BATCH_BYTES // self.page_size)
+        self._own = _Slot(self.capacity, self.page_size)
+
+    @staticmethod
+    def memory_for(page_size: int) -> int:
+        """Bytes of shared memory that one worker takes; its process takes some MiB of its own."""
+        return _SLOTS * (PageBatch.bytes_for(max(1, BATCH_BYTES // page_size), page_size) + 9)
+
+    def __enter__(self) -> Self:
+        try:
+            for _ in range(self.workers):
+                self._fork()
+        except BaseException:
+            self._dismiss()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._dismiss()
+
+    def run(self, batches: Iterable[Pfns]) -> Iterator[Result]:
+        """Do all batches, each of at most `capacity` page frames in ascending order; yields their results in the same order.
+
+        :raise WorkerFailed: something that no other process could do either.
+        """
+        waiting = iter(batches)
+        jobs: deque[_Job] = deque()
+        more = True
+        while True:
+            while more and (worker := self._idle()):
+                pfns = next(waiting, None)
+                if pfns is None:
+                    more = False
+                else:
+                    jobs.append(self._hand_out(_Job(pfns), worker))
+            if not jobs:
+                if not more:
+                    return
+                pfns = next(waiting, None)  # no worker is left
+                if pfns is None:
+                    return
+                jobs.append(_Job(pfns))
+            job = jobs[0]
+            self._listen(jobs, wait=False)
+            while job.failed is None and job.worker is not None:
+                self._listen(jobs, wait=True)
+            if job.failed is None:
+                job.slot = self._own
+                self._own.pfns[: len(job.pfns)] = job.pfns
+                job.failed = self._own.do(len(job.pfns), self.source, self.codec, drop_zeros=self.drop_zeros)
+            assert job.slot is not None
+            count = len(job.pfns)
+            unreadable = tuple(job.pfns[job.slot.unreadable[:count] != 0].tolist()) if job.failed else ()
+            yield Result(job.pfns, job.slot.batch.address[:count], job.slot.batch.size[:count], unreadable)
+            jobs.popleft()
+            if job.worker is not None:
+                job.worker.free.append(job.slot)
+
+    def _idle(self) -> _Worker | None:
+        """The worker with most room for another batch."""
+        best = max(self._team, key=lambda worker: len(worker.free), default=None)
+        return best if best is not None and best.free else None
+
+    def _hand_out(self, job: _Job, worker: _Worker) -> _Job:
+        slot = worker.free.pop()
+        slot.pfns[: len(job.pfns)] = job.pfns
+        job.worker, job.slot = worker, slot
+        # a worker that has died is noticed when it is listened to
+        with contextlib.suppress(BrokenPipeError):
+            os.write(worker.requests, _REQUEST.pack(worker.slots.index(slot), len(job.pfns)))
+        return job
+
+    def _listen(self, jobs: Iterable[_Job], *, wait: bool) -> None:
+        """Note what workers have done, and which have died."""
+        for descriptor, _ in self._poll.poll(None if wait else 0):
+            worker = next(each for each in self._team if each.replies == descriptor)
+            data = os.read(descriptor, _SLOTS * _REPLY.size)
+            for number, failed in _REPLY.iter_unpack(data):
+                slot = worker.slots[number]
+                if failed == _FAILED:
+                    size = int(slot.batch.size[0])
+                    raise WorkerFailed(bytes(slot.batch.stored[:size]).decode(errors="replace"))
+                job = next(each for each in jobs if each.slot is slot)
+                job.failed = failed
+            if not data:
+                self._bury(worker, jobs)
+
+    def _bury(self, worker: _Worker, jobs: Iterable[_Job]) -> None:
+        self._let_go(worker)
+        for job in jobs:
+            if job.worker is worker:
+                job.worker = None  # to be done again here; what is done stays valid in its slot
+                if job.failed is None:
+                    job.slot = None
+
+    # -- processes
+
+    def _fork(self) -> None:
+        slots = [_Slot(self.capacity, self.page_size) for _ in range(_SLOTS)]
+        their_requests, requests = os.pipe()
+        replies, their_replies = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            for worker in self._team:  # or these would never see the others' end
+                os.close(worker.requests)
+                os.close(worker.replies)
+            os.close(requests)
+            os.close(replies)
+            self._work(slots, their_requests, their_replies)
+        os.close(their_requests)
+        os.close(their_replies)
+        self._team.append(_Worker(pid, requests, replies, list(slots), slots))
+        self._poll.register(replies, select.POLLIN | select.POLLHUP)
+
+    def _work(self, slots: list[_Slot], requests: int, replies: int) -> None:
+        """A worker's life; ends with its process, and never returns into the capture it was forked from."""
+        status = 1
+        try:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is the capture's to answer
+            with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "wb") as score:  # noqa: PTH123
+                score.write(_EXPENDABLE)
+            while request := os.read(requests, _REQUEST.size):
+                number, count = _REQUEST.unpack(request)
+                slot = slots[number]
+                try:
+                    answer = slot.do(count, self.source, self.codec, drop_zeros=self.drop_zeros)
+                except MemoryError:
+                    break  # as if it had been killed
+                except Exception as error:
+                    text = f"{type(error).__name__}: {error}".encode()[: len(slot.batch.stored)]
+                    slot.batch.stored[: len(text)] = np.frombuffer(text, np.uint8)
+                    slot.batch.size[0] = len(text)
+                    answer = _FAILED
+                os.write(replies, _REPLY.pack(number, answer))
+            status = 0
+        finally:
+            os._exit(status)
+
+    def _let_go(self, worker: _Worker) -> None:
+        self._team.remove(worker)
+        self._poll.unregister(worker.replies)
+        os.close(worker.requests)
+        os.close(worker.replies)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker.pid, signal.SIGKILL)  # a worker has nothing to lose, and may be stuck in a dead source
+        os.waitpid(worker.pid, 0)
+
+    def _dismiss(self) -> None:
+        for worker in list(self._team):
+            self._let_go(worker)

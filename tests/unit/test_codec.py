@@ -1,0 +1,118 @@
+"""The codecs: each page comes back, what does not shrink is stored as it is, and damage is told."""
+
+import contextlib
+import ctypes
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crashkernel.capture.codec import CODECS, PageBatch, codec_by_name, codec_for_flag, missing, stored_stride
+from crashkernel.errors import EnvironmentFault, FormatError, UsageError
+from support.capture import page_of
+
+every_codec = pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
+COMPRESSING = [codec for codec in CODECS if codec.flag]
+
+
+def batch_of(pages: list[bytes]) -> PageBatch:
+    page_size = len(pages[0])
+    batch = PageBatch.within(memoryview(bytearray(PageBatch.bytes_for(len(pages), page_size))), len(pages), page_size)
+    batch.pages[:] = np.frombuffer(b"".join(pages), np.uint8)
+    return batch
+
+
+def stored(batch: PageBatch, number: int) -> bytes:
+    return ctypes.string_at(int(batch.address[number]), int(batch.size[number]))
+
+
+def test_this_machine_has_every_codec():
+    assert [missing(codec) for codec in CODECS] == [""] * len(CODECS)
+
+
+@every_codec
+@pytest.mark.parametrize("page_size", [0x1000, 0x10000])
+def test_every_kind_of_page_comes_back(codec, page_size):
+    pages = [page_of(number % 5, number, page_size) for number in range(17)]
+    batch = batch_of(pages)
+    codec.compressor(batch)(np.arange(len(pages)))
+    for number, page in enumerate(pages):
+        data = stored(batch, number)
+        raw = len(data) == page_size
+        assert len(data) <= page_size
+        assert (data if raw else codec.decompress(data, page_size)) == page
+        assert raw == (codec.flag == 0 or number % 5 == 3), "only noise does not shrink"
+
+
+@pytest.mark.parametrize("codec", COMPRESSING, ids=lambda codec: codec.name)
+def test_only_the_pages_asked_for_are_compressed_and_again_and_again(codec):
+    pages = [page_of(1 + number % 4, number, 0x1000) for number in range(12)]
+    batch = batch_of(pages)
+    compress = codec.compressor(batch)
+    for which in ([1, 4, 5, 11], [0], [], list(range(12))):
+        batch.size[:] = 7777
+        compress(np.array(which, np.intp))
+        for number in which:
+            data = stored(batch, number)
+            assert (data if len(data) == 0x1000 else codec.decompress(data, 0x1000)) == pages[number]
+        assert all(batch.size[number] == 7777 for number in range(12) if number not in which)
+
+
+@every_codec
+@settings(max_examples=30)
+@given(st.lists(st.binary(max_size=64), min_size=1, max_size=5))
+def test_any_content_comes_back(codec, seeds):
+    pages = [(seed * 0x1000)[:0x1000].ljust(0x1000, b"\1") for seed in seeds]
+    batch = batch_of(pages)
+    codec.compressor(batch)(np.arange(len(pages)))
+    for number, page in enumerate(pages):
+        data = stored(batch, number)
+        assert (data if len(data) == 0x1000 else codec.decompress(data, 0x1000)) == page
+
+
+@pytest.mark.parametrize("codec", COMPRESSING, ids=lambda codec: codec.name)
+@settings(max_examples=60)
+@given(st.binary(max_size=200))
+def test_rubbish_is_an_error_or_some_bytes_but_never_more_than_a_page(codec, data):
+    try:
+        page = codec.decompress(data, 0x1000)
+    except FormatError:
+        return
+    assert len(page) <= 0x1001
+
+
+@pytest.mark.parametrize("codec", COMPRESSING, ids=lambda codec: codec.name)
+def test_a_page_cut_short_is_told(codec):
+    page = page_of(2, 1, 0x1000)
+    batch = batch_of([page])
+    codec.compressor(batch)(np.arange(1))
+    whole = stored(batch, 0)
+    assert len(whole) < 0x1000
+    with contextlib.suppress(FormatError):
+        assert codec.decompress(whole[: len(whole) // 2], 0x1000) != page
+
+
+def test_no_compressed_page_outgrows_its_place():
+    assert stored_stride(0x1000) >= max(32 + 0x1000 + 0x1000 // 6, 0x1000 + 0x1000 // 16 + 67)
+    assert stored_stride(0x10000) % 64 == 0
+
+
+def test_codecs_by_name_and_by_flag():
+    assert codec_by_name("lzo").flag == 2
+    assert [codec_for_flag(codec.flag) for codec in CODECS] == list(CODECS)
+    with pytest.raises(UsageError, match="choose one of zstd, lzo"):
+        codec_by_name("lz4")
+    with pytest.raises(FormatError, match="0x40"):
+        codec_for_flag(0x40)
+
+
+def test_a_library_that_is_not_there_is_named_with_its_package(monkeypatch):
+    def absent(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "PyDLL", absent)
+    assert "liblzo2.so.2" in missing(codec_by_name("lzo"))
+    assert "Debian: libsnappy1v5" in missing(codec_by_name("snappy"))
+    with pytest.raises(EnvironmentFault, match="libdeflate0"):
+        codec_by_name("zlib").compressor(batch_of([bytes(4096)]))
