@@ -1,0 +1,549 @@
+"""Dumps read back: kdump-compressed ones, also as a flattened stream that was put into a file, as a `Source` of memory.
+
+References: `formats.diskdump` and `formats.flattened`; crash `diskdump.c` (read_dump_header, cache_page), libkdumpfile
+`src/kdumpfile/diskdump.c`.
+
+A dump may have more pages than fit in memory, and so may its bitmaps. Of bitmap 2 only a directory is kept: how many pages are
+dumped before each block of some thousand. From that and one block of the bitmap follows the number of a page's descriptor.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crashkernel.capture.bitmap import PIECE, Bitmap, Directory, Pfns
+from crashkernel.capture.codec import Codec, codec_for_flag
+from crashkernel.capture.dumpbytes import DumpBytes, FlattenedFile, PlainFile
+from crashkernel.capture.selection import MAX_DUMP_LEVEL, Chunk, PageClass, Selection
+from crashkernel.capture.source import PAGE_SIZES, ElfVmcore, MissingMemory
+from crashkernel.errors import EnvironmentFault, FormatError
+from crashkernel.formats import diskdump, flattened
+from crashkernel.formats.diskdump import MainHeader, SubHeader
+from crashkernel.formats.elf import EM_PPC64, EM_X86_64, ByteOrder, ElfFile, iter_notes
+from crashkernel.formats.vmcoreinfo import VmcoreInfo
+from crashkernel.memory import Range, RangeSet
+
+MACHINES = {"ppc64": EM_PPC64, "ppc64le": EM_PPC64, "x86_64": EM_X86_64}
+"""ELF machines by what `uname -m` calls them."""
+
+_NOTES_LIMIT = 1 << 26  # bytes, as in source.py
+_PADDR_LIMIT = 1 << 56  # likewise
+_PPC64_LINEAR_BASE = 0xC000_0000_0000_0000  # PAGE_OFFSET, arch/powerpc/include/asm/page.h
+_BATCH_BYTES = 1 << 20  # of pages that are read at once
+_DATA_GAP = 1 << 16  # bytes between two pages' data that are read, and dropped, rather than asked for apart
+_DESCRIPTOR_GAP = 512
+_CACHED_BYTES = 1 << 22  # of pages read one by one
+# A vmcore has at most 65535 segments; bitmap 1 says the same as they do.
+_MAX_STRETCHES = 1 << 17
+_DESCRIPTORS_AT_ONCE = 1 << 16
+
+
+class DamagedPage(MissingMemory):
+    """A page that is in the dump by its bitmap, but that cannot be had from it; the message has the reason."""
+
+    def __init__(self, pfn: int, page_size: int, reason: str, *, source: str = "") -> None:
+        super().__init__(pfn * page_size, page_size, source=source)
+        FormatError.__init__(self, f"page frame {pfn:#x}: {reason}", source=source)
+        self.pfn = pfn
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class PageStatistics:
+    """A dump's pages by its bitmaps and descriptors.
+
+    `codecs` has how many are stored by which codec, the zero ones not among them; `missing` are those that are in the dump by
+    its bitmap alone: it is incomplete or cut off.
+    """
+
+    memory: int  # pages that the dead kernel had
+    kept: int  # of them, those in the dump
+    zero: int  # of these, those that share the one page of zeros
+    missing: int
+    codecs: dict[str, int]
+    data_end: int  # where the last page's data end, in bytes
+
+    @property
+    def dropped(self) -> int:
+        """Pages that the dead kernel had and that are not in the dump."""
+        return self.memory - self.kept
+
+
+class KdumpFile:
+    """A kdump-compressed dump as a `Source`. `kept` is the `Selection` of what is in it, by which it can be written anew.
+
+    `memory` is all memory that the dead kernel had (bitmap 1), also what was dropped: reading that raises `MissingMemory`, and
+    so does a page whose data are cut off or cannot be decompressed (`DamagedPage`). Many processes can share one object after a
+    fork.
+
+    :raise FormatError: it is no dump of ppc64 or x86_64, its headers make no sense, or it ends before its descriptors.
+    :raise EnvironmentFault: it cannot be read.
+    """
+
+    def __init__(self, data: DumpBytes | Path | str) -> None:
+        self.data: DumpBytes = PlainFile(data) if isinstance(data, Path | str) else data
+        self.name = self.data.name
+        try:
+            self._read_headers()
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_headers(self) -> None:
+        name = self.name
+        self.header = header = MainHeader.from_bytes(self.data.read(0, diskdump.MAIN_SIZE), name)
+        self.sub_header = SubHeader.from_bytes(self.data.read(header.block_size, diskdump.SUB_SIZE), header, name)
+        self.byteorder: ByteOrder = header.byteorder
+        self._page_size = header.block_size
+        self.max_pfn = self.sub_header.max_pfn
+        machine = MACHINES.get(header.utsname.machine)
+        if machine is None:
+            message = f"a dump of machine {header.utsname.machine!r}, not of {', '.join(MACHINES)}"
+            raise FormatError(message, source=name, offset=12)
+        if header.block_size not in PAGE_SIZES[machine]:
+            message = f"blocks of {header.block_size} bytes, which no page of this machine has"
+            raise FormatError(message, source=name, offset=428)
+        self.machine = machine
+        self.linear_base = _PPC64_LINEAR_BASE if machine == EM_PPC64 else None
+        self._check_places()
+        self._read_notes()
+        self.present = Bitmap(self.data, header.bitmap1_offset, self.max_pfn)
+        self.dumped = Bitmap(self.data, header.bitmap2_offset, self.max_pfn)
+        self.memory = self._memory()
+        self._directory = Directory(self.dumped)
+        self._descriptor_dtype = np.dtype(diskdump.descriptor_dtype(self.byteorder))
+        self._codecs: dict[int, Codec] = {}
+        self._cache: OrderedDict[int, bytes] = OrderedDict()
+
+    def _check_places(self) -> None:
+        """Whether what the headers name is where it can be, and no larger than the file."""
+        header, sub, name = self.header, self.sub_header, self.name
+        if sub.split:
+            raise FormatError(
+                f"one part of a dump that makedumpfile split, pages {sub.start_pfn:#x} to {sub.end_pfn:#x}",
+                source=name,
+                hint="put the parts together first: makedumpfile --reassemble",
+            )
+        if self.max_pfn * self._page_size > _PADDR_LIMIT:
+            raise FormatError(f"memory up to page frame {self.max_pfn:#x} has no physical address", source=name)
+        if header.bitmap_size * 8 < self.max_pfn:
+            message = f"bitmaps of {header.bitmap_size:#x} bytes for {self.max_pfn:#x} page frames"
+            raise FormatError(message, source=name, hint="a damaged header")
+        if header.descriptors_offset > self.data.size or 2 * -(-self.max_pfn // 8) > self.data.stored:
+            raise FormatError(
+                f"cut off: its page descriptors begin at {header.descriptors_offset:#x}", source=name, offset=self.data.size
+            )
+        inside = Range(header.block_size + min(diskdump.SUB_SIZE, sub.notes.file_offset), header.bitmap1_offset)
+        notes = Range.sized(sub.notes.file_offset, sub.notes.size)
+        if sub.notes.size and not (header.block_size < notes.start and notes.end <= inside.end):
+            message = f"its notes, {notes}, are not between sub header and bitmaps"
+            raise FormatError(message, source=name, offset=header.block_size)
+        if sub.notes.size > _NOTES_LIMIT:
+            raise FormatError(f"{sub.notes.size:#x} bytes of notes are no dump's", source=name, offset=notes.start)
+        if sub.vmcoreinfo.size > _NOTES_LIMIT:
+            raise FormatError(f"{sub.vmcoreinfo.size:#x} bytes of VMCOREINFO are no dump's", source=name)
+
+    def _read_notes(self) -> None:
+        where, text = self.sub_header.notes, self.sub_header.vmcoreinfo
+        self.notes = self.data.read(where.file_offset, where.size) if where.size else b""
+        found = [each.desc for each in iter_notes(self.notes, self.byteorder, self.name) if each.name == "VMCOREINFO"]
+        if not found and text.size:
+            found = [self.data.read(text.file_offset, text.size)]
+        if not found:
+            raise FormatError("no VMCOREINFO among the notes", source=self.name, hint="not a kernel's dump, or a damaged one")
+        self.vmcoreinfo = VmcoreInfo.from_bytes(found[0], self.name)
+        if self.vmcoreinfo.page_size != self._page_size:
+            message = f"VMCOREINFO says PAGESIZE={self.vmcoreinfo.page_size}, the header {self._page_size}"
+            raise FormatError(message, source=self.name)
+
+    def _memory(self) -> RangeSet:
+        ranges: list[Range] = []
+        for first, last in self.present.stretches():
+            start, end = first * self._page_size, last * self._page_size
+            if ranges and ranges[-1].end == start:
+                ranges[-1] = Range(ranges[-1].start, end)
+                continue
+            if len(ranges) >= _MAX_STRETCHES:
+                raise FormatError(
+                    f"bitmap 1 has more than {_MAX_STRETCHES:,} pieces of memory, as no machine", source=self.name
+                )
+            ranges.append(Range(start, end))
+        return RangeSet(ranges)
+
+    @property
+    def page_size(self) -> int:
+        """The dead kernel's page size in bytes."""
+        return self._page_size
+
+    @property
+    def pages(self) -> int:
+        """How many pages are in the dump by its bitmap."""
+        return self._directory.total
+
+    @property
+    def level(self) -> int:
+        """The dump level that was applied when it was written."""
+        return self.sub_header.level
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether its writer said that it did not come to its end."""
+        return bool(self.header.status & diskdump.INCOMPLETE)
+
+    @property
+    def kept(self) -> Selection:
+        """What is in the dump."""
+        return KeptPages(self)
+
+    def close(self) -> None:
+        """Close the file; nothing can be read afterwards."""
+        self.data.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    # -- memory
+
+    def read(self, paddr: int, size: int) -> bytes:
+        """Return `size` bytes of physical memory.
+
+        :raise MissingMemory: a byte of them is not in the dump.
+        :raise EnvironmentFault: the file cannot be read there, or a codec is not installed.
+        """
+        if size <= 0:
+            return b""
+        pfn, within = divmod(paddr, self._page_size)
+        if paddr >= 0 and within + size <= self._page_size:
+            return self._page(pfn)[within : within + size]
+        data = np.empty(size, np.uint8)
+        self.read_into(paddr, data)
+        return data.tobytes()
+
+    def read_into(self, paddr: int, into: NDArray[np.uint8]) -> None:
+        """Fill `into` (flat, contiguous) with the physical memory from `paddr` on.
+
+        :raise MissingMemory: a byte of it is not in the dump.
+        :raise EnvironmentFault: the file cannot be read there, or a codec is not installed.
+        """
+        size, page_size = len(into), self._page_size
+        if not size:
+            return
+        if paddr < 0 or paddr + size > self.max_pfn * page_size:
+            raise MissingMemory(paddr, size, source=self.name)
+        first, last = -(-paddr // page_size), (paddr + size) // page_size
+        if first > last:
+            within = paddr % page_size
+            into[:] = np.frombuffer(self._page(paddr // page_size), np.uint8)[within : within + size]
+            return
+        head = first * page_size - paddr
+        if head:
+            into[:head] = np.frombuffer(self._page(first - 1), np.uint8)[page_size - head :]
+        body = head + (last - first) * page_size
+        self.read_pages(np.arange(first, last, dtype=np.int64), into[head:body])
+        if body < size:
+            into[body:] = np.frombuffer(self._page(last), np.uint8)[: size - body]
+
+    def read_pages(self, pfns: NDArray[np.int64], into: NDArray[np.uint8]) -> None:
+        """Read whole pages, ascending page frame numbers, one after the other into `into` (flat, `page_size` bytes each).
+
+        :raise MissingMemory: one of them is not in the dump; what `into` holds then is not defined.
+        :raise EnvironmentFault: the file cannot be read there, or a codec is not installed.
+        """
+        step = max(1, _BATCH_BYTES // self._page_size)
+        for start in range(0, len(pfns), step):
+            some = pfns[start : start + step]
+            view = into[start * self._page_size : (start + len(some)) * self._page_size].data
+            for index, page in self._pages(some, self.descriptors(some)):
+                view[index * self._page_size : (index + 1) * self._page_size] = page
+
+    def _page(self, pfn: int) -> bytes:
+        """One page: those that were asked for last are remembered."""
+        page = self._cache.get(pfn)
+        if page is None:
+            pfns = np.array([pfn], np.int64)
+            page = next(page for _, page in self._pages(pfns, self.descriptors(pfns)))
+            self._cache[pfn] = page
+            if len(self._cache) * self._page_size > _CACHED_BYTES:
+                self._cache.popitem(last=False)
+        else:
+            self._cache.move_to_end(pfn)
+        return page
+
+    def descriptors(self, pfns: Pfns) -> NDArray[np.void]:
+        """Return the descriptors of pages, ascending, as `formats.diskdump.descriptor_dtype` has them.
+
+        :raise MissingMemory: one of them is not in the dump; of one that is cut off all fields are 0.
+        """
+        numbers, missing = self._directory.numbers(pfns)
+        if missing is not None:
+            raise MissingMemory(missing * self._page_size, self._page_size, source=self.name)
+        rows = np.zeros(len(pfns), self._descriptor_dtype)
+        firsts = [0, *(np.flatnonzero(np.diff(numbers) > _DESCRIPTOR_GAP) + 1).tolist()] if len(pfns) else []
+        for first, last in zip(firsts, [*firsts[1:], len(pfns)], strict=True):
+            base = int(numbers[first])
+            found = self.descriptor_rows(base, int(numbers[last - 1]) + 1 - base)
+            there = numbers[first:last] - base
+            there = there[there < len(found)]
+            rows[first : first + len(there)] = found[there]
+        return rows
+
+    def descriptor_rows(self, number: int, count: int) -> NDArray[np.void]:
+        """Return `count` descriptors from the one with this number on, or those that there are before the end of the file."""
+        size = diskdump.DESCRIPTOR_SIZE
+        raw = self.data.read(self.header.descriptors_offset + number * size, count * size)
+        return np.frombuffer(raw[: len(raw) - len(raw) % size], self._descriptor_dtype)
+
+    def _pages(self, pfns: Pfns, rows: NDArray[np.void]) -> Iterator[tuple[int, bytes]]:
+        """Yield the place among `pfns`, and the bytes, of each page, in the order in which they lie in the file.
+
+        :raise DamagedPage: one cannot be had.
+        """
+        for index, result in self.try_pages(pfns, rows):
+            if isinstance(result, DamagedPage):
+                raise result
+            yield index, result
+
+    def try_pages(self, pfns: Pfns, rows: NDArray[np.void]) -> Iterator[tuple[int, bytes | DamagedPage]]:
+        """Yield for each page its place among `pfns`, and its bytes or why there are none.
+
+        :raise EnvironmentFault: the file cannot be read there, or a codec is not installed.
+        """
+        offsets, sizes = rows["offset"].astype(np.uint64), rows["size"].astype(np.uint64)
+        good = (sizes > 0) & (sizes <= self._page_size) & (offsets > 0) & (offsets < self.data.size)
+        good[good] = offsets[good] + sizes[good] <= self.data.size
+        for index in np.flatnonzero(~good).tolist():
+            row = rows[index]
+            yield index, self._damaged(int(pfns[index]), self._why(int(row["offset"]), int(row["size"])))
+        order = np.flatnonzero(good)
+        order = order[np.argsort(offsets[order], kind="stable")]
+        starts, ends = offsets[order].astype(np.int64), (offsets[order] + sizes[order]).astype(np.int64)
+        flags = rows["flags"]
+        breaks = np.flatnonzero(starts[1:] > np.maximum.accumulate(ends)[:-1] + _DATA_GAP) + 1
+        firsts = [0, *breaks.tolist()] if len(order) else []
+        for first, last in zip(firsts, [*firsts[1:], len(order)], strict=True):
+            base = int(starts[first])
+            raw = self.data.read(base, int(ends[first:last].max()) - base)
+            for index, start, end in zip(
+                order[first:last].tolist(),
+                (starts[first:last] - base).tolist(),
+                (ends[first:last] - base).tolist(),
+                strict=True,
+            ):
+                yield index, self._decompress(int(pfns[index]), raw[start:end], int(flags[index]))
+
+    def _decompress(self, pfn: int, data: bytes, flags: int) -> bytes | DamagedPage:
+        try:
+            codec = self._codecs.get(flags)
+            if codec is None:
+                codec = self._codecs[flags] = codec_for_flag(flags)
+            page = codec.decompress(data, self._page_size)
+        except FormatError as error:
+            return self._damaged(pfn, error.message)
+        if len(page) != self._page_size:
+            return self._damaged(pfn, f"{codec.name}: {len(page)} bytes came of it, not {self._page_size}")
+        return page
+
+    def _damaged(self, pfn: int, reason: str) -> DamagedPage:
+        return DamagedPage(pfn, self._page_size, reason, source=self.name)
+
+    def _why(self, file_offset: int, size: int) -> str:
+        if not file_offset and not size:
+            return "it was never written"
+        if not 0 < size <= self._page_size:
+            return f"its descriptor says that it is stored in {size:#x} bytes"
+        return f"its data, {size:#x} bytes at {file_offset:#x}, are not in the file, which ends at {self.data.size:#x}"
+
+    # -- all of it
+
+    def batches(self, capacity: int) -> Iterator[tuple[Pfns, NDArray[np.void]]]:
+        """Yield all pages in the dump, `capacity` at a time at the most, and their descriptors.
+
+        Of pages whose descriptors are cut off all fields are 0.
+        """
+        number = 0
+        for pfn, data in self.dumped.pieces():
+            pfns = np.flatnonzero(np.unpackbits(data, bitorder="little")) + pfn if data.any() else np.empty(0, np.int64)
+            for start in range(0, len(pfns), capacity):
+                some = pfns[start : start + capacity]
+                rows = np.zeros(len(some), self._descriptor_dtype)
+                found = self.descriptor_rows(number, len(some))
+                rows[: len(found)] = found
+                number += len(some)
+                yield some, rows
+
+    def statistics(self, tell: Callable[[int], None] = lambda _: None) -> PageStatistics:
+        """Count the dump's pages; reads all descriptors, and no page but the one that all zero ones share.
+
+        `tell` is called with the number of pages gone over.
+        """
+        shared = self.shared_zeros()
+        zero = missing = end = done = 0
+        flags: Counter[int] = Counter()
+        for pfns, rows in self.batches(_DESCRIPTORS_AT_ONCE):
+            offsets, sizes = rows["offset"].astype(np.uint64), rows["size"].astype(np.uint64)
+            ends = offsets + sizes
+            there = (offsets > 0) & (ends >= offsets) & (ends <= self.data.size)
+            missing += len(rows) - int(there.sum())
+            zeros = there & (offsets == shared) if shared is not None else np.zeros(len(rows), np.bool_)
+            zero += int(zeros.sum())
+            values, counts = np.unique(rows["flags"][there & ~zeros], return_counts=True)
+            flags.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+            written = offsets > 0
+            end = max(end, int(ends[written].max()) if written.any() else 0)
+            done += len(pfns)
+            tell(done)
+        return PageStatistics(
+            self.present.count(), self.pages, zero, missing, {_codec_name(each): flags[each] for each in flags}, end
+        )
+
+    def shared_zeros(self) -> int | None:
+        """Where the page of zeros is that all zero pages share, if there is one: makedumpfile and we write it first."""
+        place = self.header.descriptors_offset + self.pages * diskdump.DESCRIPTOR_SIZE
+        return place if self.data.read(place, self._page_size) == bytes(self._page_size) else None
+
+
+def _codec_name(flags: int) -> str:
+    try:
+        return codec_for_flag(flags).name
+    except FormatError:
+        return f"unknown ({flags:#x})"
+
+
+class KeptPages:
+    """A dump's pages as a `Selection`: those that are in it, and those that its writer dropped.
+
+    Of which class a dropped page was is not in a dump. To who writes this one anew they are like hardware-poisoned ones: there,
+    but not to be read.
+    """
+
+    def __init__(self, dump: KdumpFile) -> None:
+        self._dump = dump
+        self.page_size = dump.page_size
+        self.max_pfn = dump.max_pfn
+        self.level = dump.level
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Yield all chunks."""
+        present, dumped = self._dump.present, self._dump.dumped
+        for (pfn, memory), (_, kept) in zip(present.pieces(), dumped.pieces(), strict=True):
+            if not (memory.any() or kept.any()):
+                continue
+            classes = np.full(8 * len(memory), PageClass.ABSENT, np.uint8)
+            classes[np.unpackbits(memory, bitorder="little") != 0] = PageClass.POISONED
+            classes[np.unpackbits(kept, bitorder="little") != 0] = PageClass.KEPT
+            yield Chunk(pfn, classes[: self.max_pfn - pfn])
+
+
+class StoredPages:
+    """The pages that an ELF vmcore has in its file, as a `Selection`; zeros that are not in it count as dropped.
+
+    An ELF file does not say which dump level was applied. It is 0 if all memory is there, else any class may have been dropped.
+    """
+
+    def __init__(self, vmcore: ElfVmcore) -> None:
+        self.page_size = vmcore.page_size
+        self.max_pfn = max((-(-each.end // self.page_size) for each in vmcore.segments), default=0)
+        self.level = 0 if all(each.file_offset is not None for each in vmcore.segments) else MAX_DUMP_LEVEL
+        self._segments = vmcore.segments
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Yield all chunks."""
+        step = 8 * PIECE
+        spans = [(each.paddr // self.page_size, -(-each.end // self.page_size), each.file_offset) for each in self._segments]
+        position, index = 0, 0
+        while index < len(spans):
+            start = max(position, spans[index][0])
+            end = min(start + step, self.max_pfn)
+            classes = np.full(end - start, PageClass.ABSENT, np.uint8)
+            # first what is not in the file, so that a page which is in parts is kept
+            inside = [each for each in spans[index:] if each[0] < end]
+            for first, last, offset in sorted(inside, key=lambda each: each[2] is not None):
+                value = PageClass.POISONED if offset is None else PageClass.KEPT
+                classes[max(first - start, 0) : max(last - start, 0)] = value
+            yield Chunk(start, classes)
+            position = end
+            while index < len(spans) and spans[index][1] <= end:
+                index += 1
+
+
+# ------------------------------------------------------------------------------------------------------------- opening
+
+
+class _FlattenedElf(ElfVmcore):
+    """An ELF vmcore that came as a flattened stream: all reading goes through the stream's index."""
+
+    def __init__(self, data: FlattenedFile) -> None:
+        self.data = data
+        super().__init__(data.name)
+
+    def _elf(self, file_size: int) -> ElfFile:
+        return super()._elf(self.data.size)  # the file is as long as the stream; what it describes is not
+
+    def _fill(self, file_offset: int, target: memoryview) -> None:
+        data = self.data.read(file_offset, len(target))
+        if len(data) < len(target):
+            raise EnvironmentFault(f"{self.name} ends at offset {file_offset + len(data):#x} of what it describes")
+        target[:] = data
+
+    def close(self) -> None:
+        self.data.close()
+        super().close()
+
+
+Dump = KdumpFile | ElfVmcore
+"""What `open_dump` opens."""
+
+
+def open_dump(path: Path | str) -> Dump:
+    """Open a dump of any format we know: an ELF vmcore, a kdump-compressed dump, or a flattened stream of either.
+
+    :raise FormatError: it is none of them, or damaged where it begins.
+    :raise EnvironmentFault: it cannot be read.
+    """
+    plain = PlainFile(path)
+    head = plain.read(0, len(flattened.SIGNATURE))
+    if head.startswith(diskdump.SIGNATURE):
+        return KdumpFile(plain)
+    plain.close()
+    if head.startswith(b"\x7fELF"):
+        return ElfVmcore(path)
+    if not head.startswith(flattened.SIGNATURE):
+        raise FormatError(
+            "neither an ELF vmcore nor a kdump-compressed or flattened dump",
+            source=str(path),
+            offset=0,
+            hint="an encrypted dump (age) must be decrypted first" if head.startswith(b"age-encrypt") else "",
+        )
+    stream = FlattenedFile(path)
+    try:
+        return _FlattenedElf(stream) if stream.read(0, 4) == b"\x7fELF" else KdumpFile(stream)
+    except BaseException:
+        stream.close()
+        raise
+
+
+def stored_pages(dump: Dump) -> Selection:
+    """What is in the dump, to be written anew."""
+    return dump.kept if isinstance(dump, KdumpFile) else StoredPages(dump)
+
+
+def is_flattened(dump: Dump) -> bool:
+    """Whether the file holds the dump as a flattened stream."""
+    return isinstance(getattr(dump, "data", None), FlattenedFile)
+
+
+def cut_off(dump: Dump) -> bool:
+    """Whether the stream that the dump came as ended before its end."""
+    data = getattr(dump, "data", None)
+    return isinstance(data, FlattenedFile) and data.truncated
