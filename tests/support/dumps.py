@@ -67,7 +67,7 @@ def claims(directory: Path) -> list[Path]:
     return sorted(
         path
         for path in directory.rglob("*")
-        if path.is_file() and path.name.startswith("vmcore") and path.suffix in ("", ".flat", ".age")
+        if path.is_file() and path.name in ("vmcore", "vmcore.flat", "vmcore.age", "vmcore.flat.age")
     )
 
 

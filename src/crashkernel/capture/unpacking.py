@@ -1,4 +1,4 @@
-"""A dump that arrives as a stream, put where it belongs: a flattened one becomes the file it is about, any other stays as it is.
+"""A dump that arrives as a stream, put where it belongs: a flattened one becomes the file it is about, another stays as it is.
 
 Nothing is kept in memory, and whoever puts pieces can be interrupted between two of them and go on in another process: putting
 a piece again does no harm.

@@ -9,12 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from crashkernel.capture.encryption import Encryption
 from crashkernel.capture.target.base import DUMP, INCOMPLETE, LOG, Heartbeat, Saved, Target, TargetFailed
 from crashkernel.capture.target.device import DeviceTarget
 from crashkernel.capture.target.local import FileStreamTarget, FileTarget
 from crashkernel.capture.target.saving import STALL, NoTargetLeft, Write, save
+from crashkernel.capture.target.ssh import SshTarget
 from crashkernel.capture.target.stream import StdoutTarget
 from crashkernel.errors import UsageError
 
@@ -56,6 +58,8 @@ def parse_target(text: str, options: TargetOptions | None = None) -> Target:
     options = options or TargetOptions()
     if text == "-":
         return StdoutTarget(options.encryption)
+    if "://" in text:
+        return _network_target(text, options)
     if not text or not text.isprintable():
         raise UsageError(f"{text!r} is no target", hint="give a directory, a file, a block device, -, ssh://… or http(s)://…")
     if _is_device(text):
@@ -63,6 +67,34 @@ def parse_target(text: str, options: TargetOptions | None = None) -> Target:
     if options.encryption:
         return FileStreamTarget(text, options.encryption)
     return FileTarget(text)
+
+
+def _network_target(text: str, options: TargetOptions) -> Target:
+    hint = "write ssh://[user@]host[:port]/directory or http[s]://host[:port]/prefix"
+    try:
+        url = urlsplit(text)
+        port = url.port
+    except ValueError as error:
+        raise UsageError(f"{text!r} is no target: {error}", hint=hint) from error
+    if url.scheme not in ("ssh", "http", "https") or not url.hostname or url.query or url.fragment or not text.isprintable():
+        raise UsageError(f"{text!r} is no target", hint=hint)
+    if url.password is not None:
+        raise UsageError("a password in a target is read by everyone", hint="use a key for ssh, a token file for a receiver")
+    path = unquote(url.path)
+    if not path.isprintable() or url.hostname.startswith("-") or (url.username or "").startswith("-"):
+        raise UsageError(f"{text!r} is no target", hint=hint)
+    if url.scheme == "ssh":
+        return SshTarget(
+            url.hostname,
+            f".{path[2:]}" if path == "/~" or path.startswith("/~/") else path or "/",  # where a session begins: at home
+            user=unquote(url.username) if url.username else None,
+            port=port,
+            identity=options.ssh_identity,
+            config=options.ssh_config,
+            stall=options.stall,
+            encryption=options.encryption,
+        )
+    raise UsageError(f"{text!r} is no target", hint=hint)
 
 
 def _is_device(path: str) -> bool:

@@ -11,8 +11,8 @@ The first MiB is ours, the dump begins behind it (all numbers big-endian)::
     0x100000  the dump
 
 The head is written as incomplete, and flushed, before the first byte of a dump; and as whole when all bytes and the manifest
-are flushed. So at every instant the device either does not claim to hold a dump, or holds it. Only a device is taken that nobody
-uses (O_EXCL: not mounted, no part of a RAID, no swap) and that is blank or bears this head already.
+are flushed. So at every instant the device either does not claim to hold a dump, or holds it. Only a device is taken that
+nobody uses (O_EXCL: not mounted, no part of a RAID, no swap) and that is blank or bears this head already.
 """
 
 from __future__ import annotations
