@@ -158,7 +158,7 @@ class PrintkRing:
 
     def _same_wrap(self, begin: int, following: int) -> bool:
         size = 1 << self.size_bits
-        return begin // size == (following - 1 if self.exact else following) // size
+        return begin // size == ((following - self.exact) & ((1 << 64) - 1)) // size
 
     def _advance(self, begin: int, need: int) -> int:
         size = 1 << self.size_bits

@@ -30,6 +30,7 @@ _MAX_COUNT_BITS = 26  # a descriptor for every 32 bytes of text (PRB_AVGBITS)
 _SLICE = 4096  # descriptors looked at together
 _WINDOW = 1 << 16  # bytes of text read together
 _WORD = 8  # unsigned long
+_WORD_MASK = (1 << 64) - 1
 
 # printk_ringbuffer.h: the state is in the two highest bits of a descriptor's state_var, its ID in the others.
 _STATE_SHIFT = 62
@@ -215,11 +216,13 @@ class _Texts:
         exactly there does so as well, and its `following` says it: it is a whole block further.
         """
         size = self._ring.text_size
-        place, end = begin % size, following % size or size
-        if begin // size != (following - 1) // size:
-            place = 0
+        reach = (following - begin) & _WORD_MASK  # positions begin a ring's size below zero, so the first round passes it
+        if not 0 < reach <= size:
+            return None
+        whole = (begin & _WORD_MASK) // size == ((following - 1) & _WORD_MASK) // size
+        place, end = begin % size if whole else 0, following % size or size
         available = end - place - _WORD
-        if available < 0 or following - begin > size or following <= begin:
+        if available < 0:
             return None
         data = self._read(place, _WORD + min(length, available))
         if data is None or int.from_bytes(data[:_WORD], self._kernel.source.byteorder) != record_id:
