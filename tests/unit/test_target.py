@@ -17,7 +17,7 @@ from crashkernel.capture.target import (
     TargetFailed,
     TargetOptions,
     crash_name,
-    local,
+    files,
     parse_target,
     save,
 )
@@ -110,13 +110,13 @@ def test_a_file_system_without_renameat2_does_as_well(tmp_path, monkeypatch, cod
     def refuse(*_):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(local, "_rename_noreplace", refuse)
+    monkeypatch.setattr(files, "_rename_noreplace", refuse)
     save(writer(SIZE), [parse_target(str(tmp_path / "mine"))], CRASH)
     assert names(tmp_path) == {"mine", "mine.manifest.json"}
     assert is_whole(tmp_path / "mine", dump_bytes(SIZE))
     (tmp_path / "x").write_text("other")
     with pytest.raises(FileExistsError):
-        local.give_name(tmp_path / "x", tmp_path / "mine")
+        files.give_name(tmp_path / "x", tmp_path / "mine")
     assert is_whole(tmp_path / "mine", dump_bytes(SIZE))
 
 
@@ -461,9 +461,9 @@ def test_a_file_without_recipients(tmp_path, text, says):
 @needs_age
 def test_a_key_that_age_refuses_leaves_nothing_in_the_clear(tmp_path):
     options = TargetOptions(encryption=Encryption.to("age1nonsense"))
-    for files in (FILES, {}):
+    for small in (FILES, {}):
         with pytest.raises(NoTargetLeft, match=r"age1nonsense|malformed"):
-            save(writer(8 << 20), [parse_target(str(tmp_path), options)], CRASH, files=files)
+            save(writer(8 << 20), [parse_target(str(tmp_path), options)], CRASH, files=small)
     assert not claims(tmp_path)
     assert all(path.stat().st_size == 0 for path in tmp_path.rglob("*") if path.is_file())
 

@@ -1,38 +1,18 @@
-"""A file on a mounted file system, in a directory for each crash or by a name of the user's.
-
-The order that makes a dump whole, so that a crash or a kill between any two steps leaves either no dump's name, or a dump's
-name with its manifest beside it and all its bytes on the disk:
-
-1. the dump is written to `vmcore.incomplete` and flushed (fsync), and its digest taken;
-2. the manifest is written by an incomplete name, flushed, given its own name, and the directory flushed;
-3. the dump is given its name, and the directory flushed.
-
-A name that exists is never replaced: renameat2(RENAME_NOREPLACE), or link(2) where the file system does not know that (NFS).
-"""
+"""A file on a mounted file system, in a directory for each crash or by a name of the user's."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 from crashkernel.capture.encryption import SUFFIX, Encryption
 from crashkernel.capture.manifest import Contents, Manifest, digest_file, manifest_name
-from crashkernel.capture.target.base import DUMP, INCOMPLETE, SLOWEST, Heartbeat, Saved, TargetFailed
+from crashkernel.capture.target.base import DUMP, Heartbeat, Saved, TargetFailed
+from crashkernel.capture.target.files import create_file, flush, make_directory, name_dump, put_file, write_all
 from crashkernel.capture.target.stream import StreamTarget
 from crashkernel.memory import format_size
 
-_T = TypeVar("_T")
-
-_MOST_OF_A_NAME = 100
-"""How many times a name that is taken is tried with -1, -2, ... behind it."""
-
-_RENAME_NOREPLACE = 1  # include/uapi/linux/fs.h
-_AT_FDCWD = -100  # include/uapi/linux/fcntl.h
 _IN_MEMORY = ("tmpfs", "ramfs", "rootfs", "devtmpfs")
 
 
@@ -62,8 +42,7 @@ class Place:
                 if taken.is_symlink() or taken.exists():
                     raise TargetFailed(self.name, f"{taken.name} exists", hint="choose another name, or remove it")
             return
-        _, self.directory = _first_free(self.path / crash, _make_directory)
-        _flush_directory(self.path)
+        self.directory = make_directory(self.path / crash)
 
     def dump_name(self, default: str) -> str:
         """The dump's name once it is whole."""
@@ -76,25 +55,14 @@ class Place:
         """
         if not self._own_directory:
             name = self.path.name + name.removeprefix(DUMP)
-        descriptor, scratch = self.create(name)
-        try:
-            _write_all(descriptor, data)
-            os.fsync(descriptor)
-            _first_free(self.directory / name, lambda path: give_name(scratch, path))
-        except BaseException:
-            scratch.unlink(missing_ok=True)
-            raise
-        finally:
-            os.close(descriptor)
-        _flush_directory(self.directory)
+        put_file(self.directory, name, data)
 
     def create(self, name: str) -> tuple[int, Path]:
         """A new file for what is to be called `name`: its descriptor and its incomplete name.
 
         :raise OSError: it cannot be created.
         """
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        return _first_free(self.directory / (name + INCOMPLETE), lambda path: os.open(path, flags, 0o600))
+        return create_file(self.directory, name)
 
     def finish(self, scratch: Path, manifest: Manifest) -> Saved:
         """Give the dump its name; all its bytes are on the disk.
@@ -102,31 +70,10 @@ class Place:
         :raise TargetFailed: somebody else has taken the name.
         :raise OSError: the disk failed.
         """
-        path = self.directory / manifest.file
-        beside = path.with_name(manifest_name(path.name))
-        descriptor, unsigned = self.create(beside.name)
         try:
-            _write_all(descriptor, manifest.to_json().encode())
-            os.fsync(descriptor)
-            give_name(unsigned, beside)
+            return Saved(str(name_dump(scratch, manifest)), manifest)
         except FileExistsError as error:
-            unsigned.unlink(missing_ok=True)
-            raise TargetFailed(self.name, f"{beside.name} exists by now") from error
-        except BaseException:
-            unsigned.unlink(missing_ok=True)
-            raise
-        finally:
-            os.close(descriptor)
-        _flush_directory(self.directory)
-        try:
-            give_name(scratch, path)
-        except OSError as error:
-            beside.unlink(missing_ok=True)
-            if isinstance(error, FileExistsError):
-                raise TargetFailed(self.name, f"{path.name} exists by now") from error
-            raise
-        _flush_directory(self.directory)
-        return Saved(str(path), manifest)
+            raise TargetFailed(self.name, "the name exists by now") from error
 
     def warnings(self, expected_size: int | None) -> list[str]:
         """Too little room, or none that outlives a reboot."""
@@ -221,7 +168,7 @@ class FileStreamTarget(StreamTarget):
 
     def _send(self, data: memoryview) -> None:
         assert self._descriptor is not None
-        _write_all(self._descriptor, data)
+        write_all(self._descriptor, data)
 
     def _finish(self, manifest: Manifest) -> Saved:
         assert self._descriptor is not None
@@ -236,69 +183,6 @@ class FileStreamTarget(StreamTarget):
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
-
-
-def flush(descriptor: int, alive: Heartbeat) -> int:
-    """Wait until a file's bytes are on the disk; its size in bytes.
-
-    :raise OSError: the disk failed. The file is then worth nothing: the kernel reports a lost write once and forgets it.
-    """
-    size = os.fstat(descriptor).st_size
-    alive.beat(allow=size / SLOWEST)
-    os.fsync(descriptor)
-    alive.beat()
-    return size
-
-
-def give_name(scratch: Path, path: Path) -> None:
-    """Rename a file, but never onto one that exists.
-
-    :raise FileExistsError: the name is taken.
-    :raise OSError: it cannot be renamed.
-    """
-    try:
-        _rename_noreplace(scratch, path)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOSYS):
-            raise
-        os.link(scratch, path)
-        scratch.unlink()
-
-
-def _rename_noreplace(source: Path, path: Path) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(path), _RENAME_NOREPLACE):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), str(path))
-
-
-def _first_free(path: Path, take: Callable[[Path], _T]) -> tuple[_T, Path]:
-    """Take `path`, or, if that exists, the first of `path`-1, -2, ... that does not: what `take` returned, and which."""
-    for number in range(_MOST_OF_A_NAME):
-        candidate = path.with_name(f"{path.name}-{number}") if number else path
-        try:
-            return take(candidate), candidate
-        except FileExistsError:
-            continue
-    raise FileExistsError(errno.EEXIST, f"there are {_MOST_OF_A_NAME} of {path.name} already", str(path))
-
-
-def _make_directory(path: Path) -> None:
-    path.mkdir(mode=0o700)
-
-
-def _write_all(descriptor: int, data: bytes | memoryview) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
-
-
-def _flush_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _file_system(path: Path) -> str:
