@@ -14,17 +14,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 PURGATORY := src/crashkernel/purgatory/purgatory
 
-# What is asked of Debian if it is missing: a program to look for, and the package that has it.
-define need
-	@command -v $(1) >/dev/null || { \
+# What is asked of Debian if it is missing: how to tell that it is there, and the package that has it.
+define wanted
+	@$(1) || { \
 	  echo "installing $(2)"; \
 	  as_root=$$([ $$(id -u) = 0 ] || echo sudo); \
 	  $$as_root apt-get update -q >/dev/null && \
 	  DEBIAN_FRONTEND=noninteractive $$as_root apt-get install -q -y --no-install-recommends $(2) >/dev/null || \
 	  { echo "cannot install $(2): install it by hand, then run make again" >&2; exit 3; }; }
 endef
+need = $(call wanted,command -v $(1) >/dev/null,$(2))
+need_library = $(call wanted,/sbin/ldconfig -p | grep -qF '$(1)',$(2))
 
-.PHONY: setup qemu binutils drill test check matrix bench bench-purgatory big-endian wheel purgatory clean
+.PHONY: setup qemu binutils codecs drill test check matrix bench bench-purgatory big-endian wheel purgatory clean
 
 setup: $(VENV)/.ready
 
@@ -46,10 +48,17 @@ binutils:
 	$(call need,cpio,cpio)
 	$(call need,readelf,binutils)
 
+# What compresses, encrypts, receives and reads dumps (docs/dependencies.md).
+codecs:
+	$(call need_library,liblzo2.so.2,liblzo2-2)
+	$(call need_library,libdeflate.so.0,libdeflate0)
+	$(call need_library,libsnappy.so.1,libsnappy1v5)
+	$(call need,age,age)
+
 drill: setup qemu
 	$(BIN)/crashkernel drill
 
-check: setup binutils
+check: setup binutils codecs
 	$(BIN)/ruff format --check src tests
 	$(BIN)/ruff check src tests
 	$(BIN)/mypy
