@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,13 @@ _BLOCKS_REMEMBERED = 8  # 40 KiB each; page tables, log and page structs lie apa
 
 _POPULATION = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)
 """How many bits a byte has."""
+
+
+def runs(breaks: NDArray[np.intp], count: int) -> Iterator[tuple[int, int]]:
+    """Yield the half-open runs of `count` things that begin at 0 and at each of `breaks`, ascending."""
+    if count:
+        edges = [0, *breaks.tolist(), count]
+        yield from pairwise(edges)
 
 
 class Bitmap:
@@ -101,8 +109,7 @@ class Directory:
         if len(pfns) and not 0 <= int(pfns[0]) <= int(pfns[-1]) < self._bitmap.max_pfn:
             return numbers, int(pfns[0] if pfns[0] < 0 else pfns[np.argmax(pfns >= self._bitmap.max_pfn)])
         blocks = pfns // self._pages
-        firsts = [0, *(np.flatnonzero(np.diff(blocks)) + 1).tolist()] if len(pfns) else []
-        for first, last in zip(firsts, [*firsts[1:], len(pfns)], strict=True):
+        for first, last in runs(np.flatnonzero(np.diff(blocks)) + 1, len(pfns)):
             block = int(blocks[first])
             bits, before = self._block(block)
             within = pfns[first:last] - block * self._pages

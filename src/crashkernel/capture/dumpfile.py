@@ -19,7 +19,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from crashkernel.capture.bitmap import PIECE, Bitmap, Directory, Pfns
+from crashkernel.capture.bitmap import PIECE, Bitmap, Directory, Pfns, runs
 from crashkernel.capture.codec import Codec, codec_for_flag
 from crashkernel.capture.dumpbytes import DumpBytes, FlattenedFile, PlainFile
 from crashkernel.capture.selection import MAX_DUMP_LEVEL, Chunk, PageClass, Selection
@@ -141,13 +141,12 @@ class KdumpFile:
             raise FormatError(
                 f"cut off: its page descriptors begin at {header.descriptors_offset:#x}", source=name, offset=self.data.size
             )
-        inside = Range(header.block_size + min(diskdump.SUB_SIZE, sub.notes.file_offset), header.bitmap1_offset)
-        notes = Range.sized(sub.notes.file_offset, sub.notes.size)
-        if sub.notes.size and not (header.block_size < notes.start and notes.end <= inside.end):
-            message = f"its notes, {notes}, are not between sub header and bitmaps"
+        start, end = sub.notes.file_offset, sub.notes.file_offset + sub.notes.size
+        if sub.notes.size and not header.block_size < start < end <= header.bitmap1_offset:
+            message = f"its notes, {sub.notes.size:#x} bytes at {start:#x}, are not between sub header and bitmaps"
             raise FormatError(message, source=name, offset=header.block_size)
         if sub.notes.size > _NOTES_LIMIT:
-            raise FormatError(f"{sub.notes.size:#x} bytes of notes are no dump's", source=name, offset=notes.start)
+            raise FormatError(f"{sub.notes.size:#x} bytes of notes are no dump's", source=name, offset=start)
         if sub.vmcoreinfo.size > _NOTES_LIMIT:
             raise FormatError(f"{sub.vmcoreinfo.size:#x} bytes of VMCOREINFO are no dump's", source=name)
 
@@ -289,8 +288,7 @@ class KdumpFile:
         if missing is not None:
             raise MissingMemory(missing * self._page_size, self._page_size, source=self.name)
         rows = np.zeros(len(pfns), self._descriptor_dtype)
-        firsts = [0, *(np.flatnonzero(np.diff(numbers) > _DESCRIPTOR_GAP) + 1).tolist()] if len(pfns) else []
-        for first, last in zip(firsts, [*firsts[1:], len(pfns)], strict=True):
+        for first, last in runs(np.flatnonzero(np.diff(numbers) > _DESCRIPTOR_GAP) + 1, len(pfns)):
             base = int(numbers[first])
             found = self.descriptor_rows(base, int(numbers[last - 1]) + 1 - base)
             there = numbers[first:last] - base
@@ -330,8 +328,7 @@ class KdumpFile:
         starts, ends = offsets[order].astype(np.int64), (offsets[order] + sizes[order]).astype(np.int64)
         flags = rows["flags"]
         breaks = np.flatnonzero(starts[1:] > np.maximum.accumulate(ends)[:-1] + _DATA_GAP) + 1
-        firsts = [0, *breaks.tolist()] if len(order) else []
-        for first, last in zip(firsts, [*firsts[1:], len(order)], strict=True):
+        for first, last in runs(breaks, len(order)):
             base = int(starts[first])
             raw = self.data.read(base, int(ends[first:last].max()) - base)
             for index, start, end in zip(

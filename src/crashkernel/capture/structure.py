@@ -63,7 +63,7 @@ def check_structure(dump: KdumpFile, tell: Callable[[int, int], None] = lambda _
         end = _check_places(dump, pfns, rows, end, shared, faults)
         for _, result in dump.try_pages(pfns, rows):
             if isinstance(result, DamagedPage):
-                faults.add(result.message)
+                faults.add(f"page frame {result.pfn:#x}: {result.reason}")
         done += len(pfns)
         tell(done, dump.pages)
     erase = dump.sub_header.eraseinfo

@@ -132,9 +132,11 @@ class Decoder:
                 count(state[name], 2 * _MAX_END) for name in ("position", "file_offset", "left")
             )
             decoder._head = bytearray.fromhex(text(state["head"]))
+            decoder._wanted = RECORD_HEADER_SIZE if decoder._in_records else HEADER_SIZE
+            if len(decoder._head) >= decoder._wanted:
+                raise ValueError(f"{len(decoder._head)} bytes of a header of {decoder._wanted}")
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(f"no state of a decoder: {error}", source=source) from error
-        decoder._wanted = RECORD_HEADER_SIZE if decoder._in_records else HEADER_SIZE
         return decoder
 
     def feed(self, data: bytes | memoryview) -> Iterator[tuple[int, memoryview]]:
