@@ -186,6 +186,75 @@ class TestCaptureImage:
         assert list((tmp_path / "out").iterdir()) == []
 
 
+class TestCaptureImageThatCaptures:
+    @pytest.fixture
+    def build(self, kernel, userland, package, tmp_path):
+        tree = tmp_path / "captures"
+        shutil.copytree(userland.python, tree, symlinks=True)
+        site = tree / "usr/lib/python3/dist-packages"
+        write(site / "numpy/__init__.py", b"x = 1\n")
+        write(site / "numpy/tests/test_x.py")
+        write(site / "numpy/core/_multiarray_umath.cpython-311-powerpc64le-linux-gnu.so", b"umath")
+        write(site / "zstandard/_cffi.cpython-311-powerpc64le-linux-gnu.so")
+        write(tree / LIBRARIES / "blas/libblas.so.3.11.0", b"blas")
+        (tree / LIBRARIES / "blas/libblas.so.3").symlink_to("libblas.so.3.11.0")
+        write(tree / LIBRARIES / "libzstd.so.1.5.4", b"zstd")
+        write(package / "bench/machine.py")
+        write(package / "capture/codec.py", b"y = 2\n")
+        write(kernel.modules / "kernel/drivers/net/virtio_net.ko", module("net_failover"))
+        write(kernel.modules / "kernel/drivers/net/net_failover.ko", module("failover"))
+        write(kernel.modules / "kernel/net/core/failover.ko", module())
+
+        def build(args=("--level=31",), **options):
+            able = Userland(userland.busybox, userland.python, capture=tree)
+            options = {"package": package, **options}
+            return read(build_capture_image(kernel, able, tmp_path / "k2.cpio", capture_args=args, **options))
+
+        return build
+
+    def test_what_it_is_told(self, build):
+        entries = build(("--level=31", "--to=/dev/vda"))
+        assert entries["etc/crashkernel/capture-args"].data == b"--level=31\n--to=/dev/vda\n"
+        assert "etc/crashkernel/token" not in entries
+        assert "modules/virtio_net.ko" not in entries
+
+    def test_the_network_is_there_when_the_dump_goes_over_it(self, build):
+        entries = build(token="secret")
+        assert (entries["etc/crashkernel/token"].data, entries["etc/crashkernel/token"].mode & 0o777) == (b"secret", 0o600)
+        order = entries["etc/crashkernel/modules"].data.decode().split()
+        assert order[-3:] == ["failover.ko", "net_failover.ko", "virtio_net.ko"]
+
+    def test_numpy_and_the_libraries_are_in_it_without_what_import_does_not_ask_for(self, build):
+        entries = build()
+        names = {name.removeprefix("usr/lib/python3/dist-packages/") for name in entries if "-packages/" in name}
+        assert {name for name in names if entries[f"usr/lib/python3/dist-packages/{name}"].data} == {
+            f"numpy/__init__.py{'c' if guest.same_bytecode() else ''}",
+            "numpy/core/_multiarray_umath.cpython-311-powerpc64le-linux-gnu.so",
+        }
+        assert entries[f"{LIBRARIES}/libblas.so.3"].data == b"libblas.so.3.11.0", "where the linker looks"
+        assert entries[f"{LIBRARIES}/libblas.so.3.11.0"].data == b"blas"
+        assert entries[f"{LIBRARIES}/libzstd.so.1.5.4"].data == b"zstd"
+
+    def test_modules_are_there_once_as_bytecode_if_the_guest_can_use_it(self, build, monkeypatch):
+        root = "usr/lib/crashkernel/crashkernel"
+        monkeypatch.setattr(guest, "same_bytecode", lambda: True)
+        entries = build()
+        assert entries[f"{root}/capture/codec.pyc"].data[4:8] == b"\1\0\0\0"  # PEP 552: by hash, not checked
+        assert f"{root}/capture/codec.py" not in entries
+        assert f"{STDLIB}/broken.py" in entries, "what does not compile stays what it is"
+        assert not [name for name in entries if name.startswith((f"{root}/drill", f"{root}/bench"))]
+        monkeypatch.setattr(guest, "same_bytecode", lambda: False)
+        assert build()[f"{root}/capture/codec.py"].data == b"y = 2\n"
+
+    def test_a_userland_that_was_not_fetched_for_it(self, kernel, userland, tmp_path):
+        with pytest.raises(EnvironmentFault, match="without what `crashkernel capture` runs on"):
+            build_capture_image(kernel, userland, tmp_path / "k2.cpio", capture_args=("--level=31",))
+
+    def test_a_line_break_in_an_argument(self, build):
+        with pytest.raises(UsageError, match="line break"):
+            build(("--to=a\nb",))
+
+
 class TestCrashImage:
     @pytest.fixture
     def build(self, kernel, capture_kernel, capture_image, userland, package, tmp_path):
@@ -318,12 +387,14 @@ EXTERNAL = (
         "grep",
         "head",
         "hexdump",
+        "ifconfig",
         "insmod",
         "ln",
         "ls",
         "mkdir",
         "modprobe",
         "mount",
+        "mv",
         "poweroff",
     ),
     *("sed", "sleep", "stat", "sync", "tail", "tr", "umount", "wc"),

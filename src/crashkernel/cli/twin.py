@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from crashkernel.cli.command import add_command, write
 from crashkernel.drill.dma import REGIONS, WHENS, Dma, report_lines
+from crashkernel.drill.saving import CODECS, DESTINATIONS, Saving
 from crashkernel.drill.twin import CPUS, MACHINES, MMUS, Twin
 from crashkernel.errors import CrashkernelError, EnvironmentFault, StageFailed, UsageError
-from crashkernel.memory import parse_size
+from crashkernel.memory import format_size, parse_size
 from crashkernel.placement.image import KernelImage
 from crashkernel.placement.plan import DAMAGE_POLICIES, PLACEMENTS, PlacementName
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from crashkernel.drill.debian import Kernel
     from crashkernel.drill.dma import DmaReport
     from crashkernel.drill.guest import Userland
+    from crashkernel.drill.saving import Footprint
     from crashkernel.drill.scenario import Outcome, Scenario, Stage
     from crashkernel.drill.verdict import Verdict
 
@@ -95,6 +97,11 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     drill.add_argument("--dma-when", choices=WHENS, help="during the handover, K2's life, or both (default: both)")
     drill.add_argument("--seed", type=int, metavar="N", help="of the device's targets and writes (default: 0)")
     drill.add_argument("--no-quarantine", action="store_true", help="as for `crashkernel load`")
+    drill.add_argument(
+        "--capture", type=int, metavar="LEVEL", help="K2 runs `crashkernel capture` at this dump level (default: a raw copy)"
+    )
+    drill.add_argument("--capture-codec", choices=CODECS, help="default: zstd")
+    drill.add_argument("--capture-to", choices=DESTINATIONS, help="where K2 sends the dump (default: disk)")
     drill.add_argument("--keep", type=Path, metavar="DIR", help="leave dump, truth, plan and console in DIR/PLACEMENT")
     drill.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON ('-' for standard output)")
     drill.add_argument("--judge", type=Path, metavar="DIR", help="run nothing: judge the drill kept in DIR again")
@@ -169,11 +176,11 @@ def _drill(arguments: argparse.Namespace) -> int:
         require_writable(arguments.json)
     if arguments.keep is not None:
         require_keepable(arguments.keep)
-    dma = _dma(arguments)
+    dma, saving = _dma(arguments), _saving(arguments)
     placements = PLACEMENTS if arguments.placement == "both" else (cast("PlacementName", arguments.placement),)
     display = _Display(to_stderr=str(arguments.json) == "-")
     with terminable():
-        prepared = _prepare(arguments.kernel, display)
+        prepared = _prepare(arguments.kernel, display, capture=saving is not None)
         outcomes = []
         for kernel, userland in prepared:
             display.title(f"{kernel.name} on {twin.title}")
@@ -185,7 +192,7 @@ def _drill(arguments: argparse.Namespace) -> int:
                 scenario = Scenario(
                     twin, kernel, kernel, placement, keep,
                     all_cpus=arguments.all_cpus, flip=arguments.flip, on_damage=arguments.on_damage,
-                    dma=dma, quarantine=not arguments.no_quarantine,
+                    dma=dma, quarantine=not arguments.no_quarantine, saving=saving,
                 )  # fmt: skip
                 outcomes.append(_run(scenario, userland, display))
     _write_json(arguments.json, outcomes)
@@ -205,6 +212,17 @@ def _dma(arguments: argparse.Namespace) -> Dma | None:
     if arguments.flip is not None:
         raise UsageError("--dma and --flip both damage memory: what was seen would tell of neither", hint="give one of them")
     return Dma(tuple(dict.fromkeys(name.strip() for name in arguments.dma.split(",") if name.strip())), **given)
+
+
+def _saving(arguments: argparse.Namespace) -> Saving | None:
+    given = {name: value for name, value in (("codec", arguments.capture_codec), ("to", arguments.capture_to)) if value}
+    if arguments.capture is None:
+        if given:
+            raise UsageError("--capture-codec and --capture-to say how `crashkernel capture` saves", hint="add --capture LEVEL")
+        return None
+    if arguments.flip is not None:
+        raise UsageError("with --flip there is no dump to capture", hint="leave --capture out")
+    return Saving(arguments.capture, **given)
 
 
 def _describe_twin(arguments: argparse.Namespace) -> int:
@@ -330,7 +348,9 @@ def _twin(arguments: argparse.Namespace) -> Twin:
     return Twin(arguments.machine, cpu, mmu, arguments.smp, parse_size(arguments.memory), arguments.crashkernel)
 
 
-def _prepare(specs: list[str], display: _Display, *, kexec_tools: bool = False) -> list[tuple[Kernel, Userland]]:
+def _prepare(
+    specs: list[str], display: _Display, *, kexec_tools: bool = False, capture: bool = False
+) -> list[tuple[Kernel, Userland]]:
     """The kernels, each with the programs it can run."""
     from crashkernel.drill import bigendian  # noqa: PLC0415
     from crashkernel.drill.debian import resolve_kernel  # noqa: PLC0415
@@ -340,15 +360,17 @@ def _prepare(specs: list[str], display: _Display, *, kexec_tools: bool = False) 
         raise EnvironmentFault(f"{QEMU} is not installed", hint="apt-get install qemu-system-ppc")
     with display.busy("packages") as tell:
         kernels = [bigendian.find_kernel() if spec == bigendian.SPEC else resolve_kernel(spec, progress=tell) for spec in specs]
-        return [(kernel, _userland(kernel, tell, kexec_tools=kexec_tools)) for kernel in kernels]
+        return [(kernel, _userland(kernel, tell, kexec_tools=kexec_tools, capture=capture)) for kernel in kernels]
 
 
-def _userland(kernel: Kernel, tell: Callable[[str], None], *, kexec_tools: bool) -> Userland:
+def _userland(kernel: Kernel, tell: Callable[[str], None], *, kexec_tools: bool, capture: bool) -> Userland:
     from crashkernel.drill import bigendian  # noqa: PLC0415
     from crashkernel.drill.guest import fetch_userland  # noqa: PLC0415
 
     if kernel.byteorder == "little":
-        return fetch_userland(progress=tell, kexec_tools=kexec_tools)
+        return fetch_userland(progress=tell, kexec_tools=kexec_tools, capture=capture)
+    if capture:
+        raise UsageError(f"{kernel.name} is big-endian, and Debian has no numpy for it: it saves raw copies only")
     if kexec_tools:
         raise UsageError(f"{kernel.name} is big-endian, and Debian has no kexec-tools for it to be measured against")
     return bigendian.find_userland()
@@ -456,6 +478,8 @@ class _Display:
             self.line(f"  console | {outcome.told}", style="dim")
         if outcome.verdict is not None:
             self.verdict(outcome.verdict)
+        if outcome.footprint.total:
+            self.footprint(outcome.footprint)
         if outcome.dma is not None:
             self.dma(outcome.dma)
         if outcome.dump is not None:
@@ -466,12 +490,30 @@ class _Display:
         for line in report_lines(report):
             self.line(f"  dma: {line}")
 
+    def footprint(self, footprint: Footprint) -> None:
+        """What the capture took of K2's memory."""
+        before, least, total, peak, child = (
+            format_size(each)
+            for each in (
+                *(footprint.available, footprint.least, footprint.total),
+                *(footprint.peak, footprint.peak_of_child),
+            )
+        )
+        self.line(f"  K2's memory: {before} of {total} available, while capturing {least}; resident {peak}, a worker {child}")
+
     def verdict(self, verdict: Verdict) -> None:
         """The evidence."""
         self.line(
             f"  {verdict.bytes_compared:,} of {verdict.k1_bytes:,} bytes of K1's memory compared: "
             f"{verdict.bytes_wrong:,} wrong, {verdict.bytes_missing:,} missing"
         )
+        if pages := verdict.pages:
+            out = ", ".join(f"{count:,} {name}" for name, count in pages.left_out.items()) or "nothing"
+            self.line(
+                f"  level {pages.level}: {pages.kept:,} pages of {format_size(pages.page_size)} in "
+                f"{format_size(pages.dump_bytes)}, {pages.zeros:,} of them zeros; left out {out}; "
+                f"not as the level says: {pages.lost:,} left out, {pages.needless:,} kept"
+            )
         marks = {
             "K1's first 256 bytes": verdict.first_256_bytes_ok,
             "nonce": verdict.nonce_found,

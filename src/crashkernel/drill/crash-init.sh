@@ -130,6 +130,8 @@ say "loaded $(uptime)"
 # Only here do the halves meet, in the page cache: the archive this root came from never held the whole nonce, so finding it
 # in a dump means finding memory written after the start.
 cat /etc/crashkernel/nonce.0 /etc/crashkernel/nonce.1 >/tmp/nonce
+# And in the kernel's log, which every dump has, when the page cache is left out of it.
+echo "nonce $(hexdump -v -e '1/1 "%02x"' /tmp/nonce)" >/dev/kmsg
 
 # What the loader itself held of these pages it gave up when it ended, and so did the first sweep.
 if [ "$DRIVER" != none ] && [ -e /run/crashkernel/quarantine.json ]; then

@@ -2,7 +2,8 @@
 
 Each is a busybox, the few kernel modules that reach the host, and a shell script (``crash-init.sh``,
 ``capture-init.sh``, beside this file) whose head describes the protocol it speaks. The dying kernel's also holds
-Debian's python3.11 and this package's own source, so that the loader under test is the very one that is being edited.
+Debian's python3.11 and this package's own source, so that the loader under test is the very one that is being edited; and
+so does the other's, with Debian's numpy and codecs, when it is `crashkernel capture` that saves the dump.
 
 They are uncompressed: QEMU loads 80 MB in a few hundredths of a second, while decompressing them on an emulated CPU
 costs seconds.
@@ -21,7 +22,7 @@ import stat
 import subprocess
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -44,9 +45,10 @@ NONCE_SIZE = 64  # bytes
 
 CRASH_MODULES = ("virtio_pci", "virtio_console")
 CAPTURE_MODULES = ("virtio_pci", "virtio_console", "virtio_blk")
+NETWORK_MODULES = ("virtio_net",)  # K2's, when the dump leaves over the network
 
 CRASH_APPLETS = ("sh", "cat", "hexdump", "insmod", "mount", "poweroff", "sleep", "stat")
-CAPTURE_APPLETS = ("sh", "dd", "insmod", "mount", "poweroff", "sleep", "stat", "tail")
+CAPTURE_APPLETS = ("sh", "cat", "dd", "ifconfig", "insmod", "mount", "mv", "poweroff", "sleep", "stat", "tail")
 
 GUEST_PACKAGE_ROOT = PurePosixPath("usr/lib/crashkernel")  # PYTHONPATH in crash-init.sh
 
@@ -147,6 +149,7 @@ class Userland:
     busybox: Path  # a static executable
     python: Path  # tree with python3.11, its library and the shared libraries both need
     kexec: Path | None = None  # tree with kexec-tools, when asked for
+    capture: Path | None = None  # tree with the same python3.11, numpy and the codecs' libraries, when asked for
 
 
 PYTHON_PACKAGES = (
@@ -154,7 +157,15 @@ PYTHON_PACKAGES = (
 )  # fmt: skip
 
 
-def fetch_userland(cache: Path | None = None, progress: Progress = silent, *, kexec_tools: bool = False) -> Userland:
+CODEC_PACKAGES = ("python3-zstandard", "libzstd1", "libdeflate0", "liblzo2-2", "libsnappy1v5", "libstdc++6", "libgcc-s1")
+"""What `capture.codec` opens, and what that needs."""
+
+CAPTURE_PACKAGES = (*PYTHON_PACKAGES, "python3-numpy", "libblas3", "liblapack3", "libgfortran5", *CODEC_PACKAGES)
+
+
+def fetch_userland(
+    cache: Path | None = None, progress: Progress = silent, *, kexec_tools: bool = False, capture: bool = False
+) -> Userland:
     """The guests' userland, from Debian.
 
     :raise EnvironmentFault: a package cannot be had.
@@ -166,6 +177,7 @@ def fetch_userland(cache: Path | None = None, progress: Progress = silent, *, ke
         busybox=archive.unpack("busybox-static") / "bin" / "busybox",
         python=python,
         kexec=archive.unpack("kexec-tools") if kexec_tools else None,
+        capture=archive.unpack(*CAPTURE_PACKAGES) if capture else None,
     )
 
 
@@ -185,6 +197,29 @@ _UNUSED = (
     r"usr/lib/python3\.11/encodings/(?!(__init__|aliases|ascii|latin_1|utf_8)\.py).*",
     r"usr/lib/python3\.11/(_pydecimal|_pyio|antigravity|cgi|doctest|ftplib|imaplib|mailbox|nntplib|pdb|pickletools|pydoc"
     r"|smtpd|smtplib|tarfile|telnetlib|this|turtle|webbrowser)\.py",
+)
+
+# And for `crashkernel capture`: numpy as far as `import numpy` goes, which is all of its subpackages but these. Debian's BLAS
+# and LAPACK lie in directories of their own, for update-alternatives to choose between.
+_CAPTURE_FILES = (
+    *_PYTHON_FILES,
+    r"usr/lib/python3\.11/lib-dynload/_(multiprocessing|posixshmem)\..*",
+    r"(usr/)?lib/powerpc64le-linux-gnu/lib(gcc_s|stdc\+\+|gfortran|zstd|deflate|lzo2|snappy)\.so[.0-9]*",
+    r"usr/lib/powerpc64le-linux-gnu/(blas|lapack)/lib(blas|lapack)\.so[.0-9]*",
+    r"usr/lib/python3/dist-packages/(numpy|zstandard)/.*\.(py|so)",
+)
+_CAPTURE_UNUSED = (
+    r"usr/lib/python3\.11/(test|unittest|idlelib|lib2to3|ensurepip|pydoc_data|distutils|sqlite3|tkinter|turtledemo"
+    r"|asyncio|curses|dbm|venv|wsgiref|xml|xmlrpc|zoneinfo)/.*",
+    *_UNUSED[1:],
+    r"usr/lib/python3\.11/(statistics|optparse|plistlib|pstats|profile|cProfile|trace|tabnanny|zipapp|zipfile|mailcap|pipes"
+    r"|pyclbr|sched|shelve|sndhdr|sunau|wave|aifc|uu|xdrlib|turtle|cgitb|chunk|code|codeop|colorsys|crypt|fileinput|getopt"
+    r"|imghdr|lib2to3|modulefinder|netrc|nturl2path|poplib|py_compile|sre_.*|symtable|timeit|tracemalloc|uuid|filecmp)\.py",
+    r"usr/lib/python3\.11/(lib-dynload/_decimal\..*|tomllib/.*|wsgiref/.*)",
+    r"usr/lib/python3/dist-packages/numpy/(.*/)?(tests|distutils|f2py|testing|_pyinstaller|array_api|doc)/.*",
+    r"usr/lib/python3/dist-packages/numpy/(.*/)?(setup|conftest)\.py",
+    r"usr/lib/python3/dist-packages/numpy/core/_(simd|umath_tests|rational_tests|operand_flag_tests|struct_ufunc_tests)\..*",
+    r"usr/lib/python3/dist-packages/zstandard/(_cffi\..*|backend_cffi\.py)",
 )
 
 
@@ -298,15 +333,42 @@ def _add_base(root: _Root, userland: Userland, init: str, applets: Sequence[str]
     root.file("init", _script(init), 0o755)
 
 
-def build_capture_image(kernel: Kernel, userland: Userland, output: Path) -> Path:
+def build_capture_image(
+    kernel: Kernel,
+    userland: Userland,
+    output: Path,
+    *,
+    capture_args: Sequence[str] = (),
+    token: str = "",
+    package: Path | None = None,
+) -> Path:
     """The capture kernel's root file system, for `kernel`, written to `output`.
 
-    :raise EnvironmentFault: `kernel` lacks a module that the guest needs.
+    It copies ``/proc/vmcore`` to its disk as it is; with `capture_args` it runs ``crashkernel capture`` with these instead. A
+    `token` is what the receiver of a dump that goes over the network wants to be shown. `package` is the directory of the
+    package to run, this one when not given.
+
+    :raise UsageError: a line break in an argument.
+    :raise EnvironmentFault: `kernel` lacks a module that the guest needs, or `userland` what captures.
     """
-    modules = resolve_modules(kernel, CAPTURE_MODULES)
+    _require_lines(capture_args)
     root = _Root()
+    modules = resolve_modules(kernel, (*CAPTURE_MODULES, *(NETWORK_MODULES if token else ())))
     _add_base(root, userland, "capture-init.sh", CAPTURE_APPLETS, modules)
+    if capture_args:
+        if userland.capture is None:
+            raise EnvironmentFault("the userland was fetched without what `crashkernel capture` runs on")
+        root.file("etc/crashkernel/capture-args", "".join(f"{argument}\n" for argument in capture_args).encode())
+        _add_python(root, userland.capture, _CAPTURE_FILES, _CAPTURE_UNUSED, _add_bytecode)
+        _add_package(root, package or Path(crashkernel.__file__).parent, ("drill", "bench"), _add_bytecode)
+    if token:
+        root.file("etc/crashkernel/token", token.encode(), 0o600)
     return root.write(output)
+
+
+def _require_lines(arguments: Iterable[str]) -> None:
+    if any("\n" in text for text in arguments):
+        raise UsageError("an argument for the guest must not have a line break")
 
 
 def build_crash_image(
@@ -338,8 +400,7 @@ def build_crash_image(
     """
     if len(nonce) != NONCE_SIZE:
         raise UsageError(f"a nonce has {NONCE_SIZE} bytes, not {len(nonce)}")
-    if any("\n" in text for text in (*load_args, append)):
-        raise UsageError("an argument of the loader must not have a line break")
+    _require_lines((*load_args, append))
     root = _Root()
     # Unpacked first, it gets the lowest free memory, right behind the kernel, which a driver can have once it is loaded.
     root.copy("boot/vmlinux", capture_kernel.vmlinux)
@@ -355,8 +416,8 @@ def build_crash_image(
         root.copy("boot/initrd", capture_image)
     if driver != "none":
         root.file(str(GUEST_PACKAGE_ROOT / "driver.py"), _script("guest_driver.py"))
-    _add_python(root, userland)
-    _add_package(root, package or Path(crashkernel.__file__).parent)
+    _add_python(root, userland.python, _PYTHON_FILES, _UNUSED, _add_source)
+    _add_package(root, package or Path(crashkernel.__file__).parent, ("drill",), _add_source)
     if loader == "kexec-tools":
         if userland.kexec is None:
             raise EnvironmentFault("the userland was fetched without kexec-tools")
@@ -364,18 +425,21 @@ def build_crash_image(
     return root.write(output)
 
 
-def _add_python(root: _Root, userland: Userland) -> None:
-    for name, path in _tree_files(userland.python):
-        if _matches(_PYTHON_FILES, name) and not _matches(_UNUSED, name):
-            _add_source(root, name, path)
+_Add = Callable[[_Root, str, Path], None]
 
 
-def _add_package(root: _Root, package: Path) -> None:
-    """The package as it lies on this machine, without the drill, which runs on the host only."""
+def _add_python(root: _Root, tree: Path, wanted: Sequence[str], unwanted: Sequence[str], add: _Add) -> None:
+    for name, path in _tree_files(tree):
+        if _matches(wanted, name) and not _matches(unwanted, name):
+            add(root, re.sub(r"/(blas|lapack)(?=/lib)", "", name), path)
+
+
+def _add_package(root: _Root, package: Path, without: Sequence[str], add: _Add) -> None:
+    """The package as it lies on this machine, without the rooms that are for the host only."""
     for relative, path in _tree_files(package):
         parts = PurePosixPath(relative).parts
-        if parts[0] != "drill" and "__pycache__" not in parts:
-            _add_source(root, str(GUEST_PACKAGE_ROOT / "crashkernel" / relative), path)
+        if parts[0] not in without and "__pycache__" not in parts:
+            add(root, str(GUEST_PACKAGE_ROOT / "crashkernel" / relative), path)
 
 
 def _add_source(root: _Root, name: str, path: Path) -> None:
@@ -389,3 +453,15 @@ def _add_source(root: _Root, name: str, path: Path) -> None:
         # What does not compile here will say so in the guest, where the error belongs to whoever imports it.
         with contextlib.suppress(SyntaxError, ValueError):
             root.file(_pyc_name(name), compile_module(path.read_bytes(), "/" + name))
+
+
+def _add_bytecode(root: _Root, name: str, path: Path) -> None:
+    """A file, or in place of a module its bytecode: in a capture kernel every file takes memory, and whole pages of it.
+
+    With 64 KiB pages, sources beside their bytecode would take 40 MB.
+    """
+    if same_bytecode() and name.endswith(".py") and not path.is_symlink():
+        with contextlib.suppress(SyntaxError, ValueError):
+            root.file(f"{name}c", compile_module(path.read_bytes(), "/" + name))
+            return
+    root.copy(name, path)

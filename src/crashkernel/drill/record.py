@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from crashkernel.drill.arrival import LOG, MANIFEST
+from crashkernel.drill.filtered import SavedDump, judge_filtered
 from crashkernel.drill.guest_driver import ELSEWHERE
+from crashkernel.drill.saving import Saving
 from crashkernel.drill.verdict import Truth, Verdict, judge
 from crashkernel.errors import FormatError, UsageError
 from crashkernel.machine import Region
@@ -35,6 +39,7 @@ def outcome_record(outcome: Outcome) -> dict[str, Any]:
         "dma": None if outcome.dma is None else dma_record(outcome.dma),
         "flipped": outcome.scenario.flip,
         "told": outcome.told,
+        "capture": None if outcome.scenario.saving is None else capture_record(outcome.scenario.saving, outcome),
         "failure": None
         if failure is None
         else {"stage": failure.stage, "message": failure.message, "likely": failure.hint, "console": list(failure.console)},
@@ -64,7 +69,24 @@ def verdict_record(verdict: Verdict) -> dict[str, Any]:
         "nonce_found": verdict.nonce_found,
         "panic_found": verdict.panic_found,
         "registers_ok": verdict.registers_ok,
+        "bytes_left_out": verdict.bytes_left_out,
+        "pages": None if verdict.pages is None else asdict(verdict.pages),
         "problems": verdict.problems,
+    }
+
+
+def capture_record(saving: Saving, outcome: Outcome) -> dict[str, Any]:
+    """How `crashkernel capture` saved the dump, and what of K2's memory it took; sizes in bytes."""
+    footprint = outcome.footprint
+    return {
+        "level": saving.level,
+        "codec": saving.codec,
+        "to": saving.to,
+        "memory": footprint.total,
+        "available_before": footprint.available,
+        "available_least": footprint.least,
+        "peak_resident": footprint.peak,
+        "peak_resident_of_a_child": footprint.peak_of_child,
     }
 
 
@@ -101,8 +123,11 @@ def dma_record(report: DmaReport) -> dict[str, Any]:
     }
 
 
-def evidence_json(truth: Truth) -> str:
-    """What the host knew of the crash, but for the memory itself, which lies beside it in the file `truth`."""
+def evidence_json(truth: Truth, saving: Saving | None = None) -> str:
+    """What the host knew of the crash, but for the memory itself, which lies beside it in the file `truth`.
+
+    And how the dump was saved, None for a raw copy.
+    """
     return json.dumps(
         {
             "head": truth.head.hex(),
@@ -116,6 +141,7 @@ def evidence_json(truth: Truth) -> str:
             "firmware": [{"name": region.name, "range": str(region.range)} for region in truth.firmware],
             "device_buffers": [str(each) for each in truth.device_buffers],
             "device_problem": truth.device_problem,
+            "capture": None if saving is None else asdict(saving),
         },
         indent=1,
     )
@@ -143,7 +169,10 @@ def judge_kept(directory: Path) -> Verdict:
             device_buffers=RangeSet(_range(each) for each in raw["device_buffers"]),
             device_problem=str(raw["device_problem"]),
         )
-        return judge(directory / DUMP, truth, plan)
+        if raw.get("capture") is None:
+            return judge(directory / DUMP, truth, plan)
+        saved = SavedDump(directory / DUMP, directory / LOG, directory / MANIFEST)
+        return judge_filtered(saved, Saving(**raw["capture"]), truth, plan)
     except OSError as error:
         raise UsageError(
             f"{directory} holds no kept drill: {error.filename}: {error.strerror}",

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from crashkernel.drill.arrival import BLANK, LOG, MANIFEST, from_disk
 from crashkernel.drill.dma import (
     REGIONS,
     Dma,
@@ -32,12 +33,14 @@ from crashkernel.drill.dma import (
     choose_targets,
     driver_command,
 )
+from crashkernel.drill.filtered import judge_filtered
 from crashkernel.drill.guest import NONCE_SIZE, Loader, Userland, build_capture_image, build_crash_image
 from crashkernel.drill.qemu import Debugger, RunningTwin, Wiring, qemu_command
 from crashkernel.drill.record import CONSOLE, DUMP, EVIDENCE, PLAN, TRUTH, evidence_json
+from crashkernel.drill.saving import Footprint, Saving
 from crashkernel.drill.twin import Twin
-from crashkernel.drill.verdict import Truth, Verdict, judge
-from crashkernel.errors import EnvironmentFault, FormatError, StageFailed, UsageError
+from crashkernel.drill.verdict import Truth, Verdict, begin_verdict, judge
+from crashkernel.errors import EnvironmentFault, FormatError, StageFailed, UsageError, VerificationError
 from crashkernel.machine import HEAD_SIZE, Region
 from crashkernel.machine.live import cpu_list
 from crashkernel.memory import Range, RangeSet, format_size
@@ -90,6 +93,7 @@ class Scenario:
     flip: SegmentContent | None = None  # flip a bit of this once K1 is dead: the purgatory is to say so
     dma: Dma | None = None  # a device goes on writing when K1 is dead
     quarantine: bool = True  # `crashkernel load`'s own default
+    saving: Saving | None = None  # `crashkernel capture` saves the dump; None: a raw copy of /proc/vmcore
 
 
 @dataclass(slots=True)
@@ -101,6 +105,7 @@ class Outcome:
     verdict: Verdict | None = None
     told: str | None = None  # the purgatory's own line about the flipped bit
     dma: DmaReport | None = None
+    footprint: Footprint = field(default_factory=Footprint)  # of the capture, if `crashkernel capture` saved the dump
     failure: StageFailed | None = None
     plan: LoadPlan | None = None
     dump: Path | None = None
@@ -197,7 +202,8 @@ async def _drill(scenario: Scenario, userland: Userland, wiring: Wiring, outcome
     nonce = secrets.token_bytes(NONCE_SIZE)
     initrd = _build(scenario, userland, wiring, nonce, "crashkernel")
     command = qemu_command(scenario.twin, scenario.k1.vmlinux, initrd, wiring)
-    async with _prepared(wiring, scenario.twin) as disk_filled, RunningTwin.start(command, wiring) as machine:
+    blank = BLANK if scenario.saving else 0
+    async with _prepared(wiring, scenario.twin, blank) as disk_filled, RunningTwin.start(command, wiring) as machine:
         async with clock.stage(BOOT_K1, machine):
             await _expect(machine, "k1-up")
         async with clock.stage(LOAD, machine) as note:
@@ -232,7 +238,7 @@ async def _drill(scenario: Scenario, userland: Userland, wiring: Wiring, outcome
                     await machine.process.wait()  # the twin ends where a machine would reboot
             return
         with _device(outcome.dma, wiring.ram, plan, _panic_text(machine.panics)) as device:
-            size = await _hand_over(clock, scenario, machine, debugger, plan, device)
+            size = await _hand_over(clock, outcome, machine, debugger, plan, device)
         truth = Truth(
             memory=wiring.directory / TRUTH,
             head=head,
@@ -247,16 +253,29 @@ async def _drill(scenario: Scenario, userland: Userland, wiring: Wiring, outcome
             device_buffers=outcome.dma.own if outcome.dma else RangeSet(),
             device_problem=outcome.dma.problem if outcome.dma else "",
         )
-        (wiring.directory / EVIDENCE).write_text(evidence_json(truth))
+        (wiring.directory / EVIDENCE).write_text(evidence_json(truth, scenario.saving))
     async with clock.stage(VERIFY):
-        os.truncate(wiring.disk, size)
-        outcome.verdict = await asyncio.to_thread(judge, wiring.disk, truth, plan)
+        if scenario.saving is None:
+            os.truncate(wiring.disk, size)
+            outcome.verdict = await asyncio.to_thread(judge, wiring.disk, truth, plan)
+        else:
+            outcome.verdict = await asyncio.to_thread(_judge_saved, wiring, scenario.saving, truth, plan)
+
+
+def _judge_saved(wiring: Wiring, saving: Saving, truth: Truth, plan: LoadPlan) -> Verdict:
+    try:
+        saved = from_disk(wiring.disk, wiring.directory)
+    except VerificationError as error:
+        verdict = begin_verdict(truth, plan)
+        verdict.problems.append(error.message)
+        return verdict
+    return judge_filtered(saved, saving, truth, plan)
 
 
 async def _hand_over(
-    clock: _Clock, scenario: Scenario, machine: RunningTwin, debugger: Debugger, plan: LoadPlan, device: RogueDevice | None
+    clock: _Clock, outcome: Outcome, machine: RunningTwin, debugger: Debugger, plan: LoadPlan, device: RogueDevice | None
 ) -> int:
-    """From the purgatory's first instruction to the dump on K2's disk; its size in bytes. QEMU has ended then."""
+    """From the purgatory's first instruction to the saved dump; the size of K2's /proc/vmcore. QEMU has ended then."""
     # a K2 that a device runs over may stand still anywhere; in twice the time of a whole boot a slow one says something
     patience = max(_SILENCE + 15, 2 * clock.taken(BOOT_K1)) if device else None
     async with clock.stage(HANDOVER, machine), _signs_of_life(machine, plan, patience):
@@ -269,11 +288,17 @@ async def _hand_over(
         await debugger.detach()
     async with clock.stage(BOOT_K2, machine), _signs_of_life(machine, plan, patience):
         await _first_words(machine, plan)
-        _require_cpus(await _expect(machine, "k2-cpus"), scenario)
+        _require_cpus(await _expect(machine, "k2-cpus"), outcome.scenario)
         await _expect(machine, "k2-up")
     async with clock.stage(CAPTURE, machine) as note, _signs_of_life(machine, plan, patience):
         size = int(await _expect(machine, "vmcore"))
-        await _expect(machine, "saved", log=note, progress=lambda done: note(f"{format_size(done)} of {format_size(size)}"))
+        await _expect(
+            machine,
+            "saved",
+            log=note,
+            progress=lambda done: note(f"{format_size(done)} of {format_size(size)}"),
+            memory=outcome.footprint.take,
+        )
         if device:
             device.stop()
         await machine.quit()
@@ -328,11 +353,12 @@ _POPULATE_STEP = 16 << 20
 
 
 @contextlib.asynccontextmanager
-async def _prepared(wiring: Wiring, twin: Twin) -> AsyncIterator[asyncio.Event]:
+async def _prepared(wiring: Wiring, twin: Twin, blank: int = 0) -> AsyncIterator[asyncio.Event]:
     """RAM and K2's disk, made ready while K1 boots; what is yielded is set once the disk is.
 
     The disk is filled with what no memory is made of: a page that K2 never wrote must not pass for a page of zeros. And by
-    the time K2 reads all of RAM and writes all of the disk, the host has found memory for both.
+    the time K2 reads all of RAM and writes all of the disk, the host has found memory for both. Its first `blank` bytes are
+    zeros all the same.
     """
     for path, size in ((wiring.ram, twin.memory), (wiring.disk, _disk_size(twin))):
         with path.open("wb") as file:
@@ -345,6 +371,8 @@ async def _prepared(wiring: Wiring, twin: Twin) -> AsyncIterator[asyncio.Event]:
                 if stop.is_set():
                     return
                 file.write(_UNWRITTEN)
+            file.seek(0)
+            file.write(bytes(blank))
         loop.call_soon_threadsafe(filled.set)
         # only a help: an older kernel cannot do it, and loses nothing but time
         with contextlib.suppress(OSError), wiring.ram.open("r+b") as ram, mmap.mmap(ram.fileno(), 0) as memory:
@@ -381,7 +409,10 @@ async def _bare(scenario: Scenario, userland: Userland, wiring: Wiring, outcome:
 
 def _build(scenario: Scenario, userland: Userland, wiring: Wiring, nonce: bytes, loader: Loader) -> Path:
     directory = wiring.directory
-    capture = build_capture_image(scenario.k2, userland, directory / "capture.cpio")
+    saving = scenario.saving
+    capture = build_capture_image(
+        scenario.k2, userland, directory / "capture.cpio", capture_args=saving.arguments() if saving else ()
+    )
     cmdline = CAPTURE_CMDLINE + ("" if scenario.all_cpus else _ONE_CPU)
     append = cmdline + (" crashkernel.mode=bare" if loader == "kexec-tools" else "")
     return build_crash_image(
@@ -411,8 +442,9 @@ async def _expect(
     *,
     log: Callable[[str], None] | None = None,
     progress: Callable[[int], None] | None = None,
+    memory: Callable[[str, str], None] | None = None,
 ) -> str:
-    """Wait for the guest's message `word`; its argument. What the loader prints on the way goes to `log`."""
+    """Wait for the guest's message `word`; its argument. What our command there prints on the way goes to `log`."""
     last = ""
     while True:
         line = await machine.line()
@@ -422,7 +454,7 @@ async def _expect(
         if kind == "region":
             _note_region(machine, rest)
         if kind == "failed":
-            # a number is the loader's exit status: its own last line says more
+            # a number is our command's exit status: its own last line says more
             raise _GuestSaidNo(last if rest.isdigit() and last else f"the guest says: {rest}")
         if kind == "log":
             last = rest.removeprefix("crashkernel: ")
@@ -430,6 +462,8 @@ async def _expect(
                 log(rest)
         if kind == "progress" and progress:
             progress(int(rest))
+        if kind in ("memory", "peak") and memory:
+            memory(kind, rest)
 
 
 _SILENCE = 60  # seconds; K2's first line takes one or two
@@ -785,15 +819,16 @@ def require_keepable(keep: Path) -> None:
 
 def _keep(directory: Path, keep: Path, outcome: Outcome) -> None:
     """Keep this drill's files and no other's; the dump last, and whole or not at all."""
-    files = {"disk": DUMP, **{name: name for name in (CONSOLE, PLAN, EVIDENCE, TRUTH)}}
+    dump = "dump" if outcome.scenario.saving else "disk"
+    files = {dump: DUMP, **{name: name for name in (CONSOLE, PLAN, EVIDENCE, TRUTH, LOG, MANIFEST)}}
     for kept in files.values():
         (keep / kept).unlink(missing_ok=True)
     for name, kept in reversed(files.items()):
         source = directory / name
         # a disk that no verdict was reached on holds no dump
-        if source.exists() and (name != "disk" or outcome.verdict is not None):
+        if source.exists() and (name != dump or outcome.verdict is not None):
             temporary = keep / f"{kept}.new"
             _copy_sparse(source, temporary)
             temporary.replace(keep / kept)
-            if name == "disk":
+            if name == dump:
                 outcome.dump = keep / kept

@@ -1,7 +1,8 @@
 """The verdict: is every byte of K1's memory in the dump, exactly once, and is it this crash's dump?
 
 Nothing here trusts the code that made the dump. What K1's memory was comes from outside (`Truth`); the plan is only asked for
-names, so that a wrong byte can be told by what lived there.
+names, so that a wrong byte can be told by what lived there. This module judges raw copies of /proc/vmcore; `filtered`, with
+what it finds here, the dumps of `crashkernel capture`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -27,6 +28,8 @@ from crashkernel.placement.plan import LoadPlan
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from crashkernel.formats.elf import ByteOrder
 
 _CHUNK = 8 << 20
 _BLOCK = 4096  # the granularity of wrong ranges while comparing; the ends are then narrowed to bytes
@@ -61,6 +64,11 @@ class Truth:
     device_problem: str = ""  # why a device that went on writing proves nothing, "" if it does or there was none
     device_buffers: RangeSet = RangeSet()  # K1's memory that a device went on writing to, as K1 had told it  # noqa: RUF009
 
+    @property
+    def k1_memory(self) -> RangeSet:
+        """What a dump must account for."""
+        return RangeSet([Range(0, self.memory_size)]) - RangeSet([self.reserved])
+
 
 @dataclass(frozen=True, slots=True)
 class WrongRange:
@@ -89,6 +97,20 @@ class Exemption:
     changed: int  # bytes
 
 
+@dataclass(frozen=True, slots=True)
+class PageCount:
+    """What a filtered dump has of K1's pages, and what not: all pages of K1's memory are counted once."""
+
+    level: int
+    page_size: int
+    kept: int
+    zeros: int  # of the kept ones, those that are all zeros and share one place in the file
+    left_out: dict[str, int]  # lawfully, by class
+    lost: int  # left out although no class that the level drops has them
+    needless: int  # of the kept ones, those that the level might have left out
+    dump_bytes: int
+
+
 @dataclass(slots=True)
 class Verdict:
     """What was found. It passes only if nothing at all is wrong."""
@@ -97,6 +119,7 @@ class Verdict:
     bytes_compared: int = 0
     bytes_wrong: int = 0
     bytes_missing: int = 0
+    bytes_left_out: int = 0  # lawfully, at the dump level asked for
     bytes_in_device_buffers: int = 0  # that differ, as on any machine with such a device: not among the wrong ones
     wrong_ranges: list[WrongRange] = field(default_factory=list)
     exempt: list[Exemption] = field(default_factory=list)
@@ -104,6 +127,7 @@ class Verdict:
     nonce_found: bool = False
     panic_found: bool = False
     registers_ok: bool = False
+    pages: PageCount | None = None  # of a filtered dump
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -112,7 +136,8 @@ class Verdict:
         return (
             not self.problems
             and self.k1_bytes > 0
-            and self.bytes_compared == self.k1_bytes
+            and self.bytes_compared > 0
+            and self.bytes_compared + self.bytes_left_out == self.k1_bytes
             and self.bytes_wrong == self.bytes_missing == 0
             and self.first_256_bytes_ok
             and self.nonce_found
@@ -123,13 +148,8 @@ class Verdict:
 
 def judge(dump: Path, truth: Truth, plan: LoadPlan) -> Verdict:
     """Hold a dump against the truth. Never raises for a bad dump: what is wrong with it is in the verdict."""
-    verdict = Verdict()
-    k1 = RangeSet([Range(0, truth.memory_size)]) - RangeSet([truth.reserved])
-    verdict.k1_bytes = k1.total
-    if plan.reserved != truth.reserved:
-        verdict.problems.append(f"the plan's reserved region {plan.reserved} is not the kernel's {truth.reserved}")
-    if truth.device_problem:
-        verdict.problems.append(truth.device_problem)
+    verdict = begin_verdict(truth, plan)
+    k1 = truth.k1_memory
     with dump.open("rb") as file, truth.memory.open("rb") as memory:
         size = os.fstat(file.fileno()).st_size
         try:
@@ -140,11 +160,21 @@ def judge(dump: Path, truth: Truth, plan: LoadPlan) -> Verdict:
                 verdict.problems.append(f"not a ppc64 core file: ELF type {elf.type}, machine {elf.machine}")
             pieces = _pieces(elf, k1, size, verdict)
             _compare(file.fileno(), memory.fileno(), pieces, truth, plan, verdict)
-            _registers(head, elf, truth, plan, verdict)
+            judge_registers(elf.notes(head), elf.byteorder, truth, plan, verdict)
         except CrashkernelError as error:
             verdict.problems.append(error.message)
             verdict.bytes_missing = verdict.k1_bytes - verdict.bytes_compared
-    _summarise(verdict)
+    summarise(verdict)
+    return verdict
+
+
+def begin_verdict(truth: Truth, plan: LoadPlan) -> Verdict:
+    """A verdict with what can be said before the dump is looked at."""
+    verdict = Verdict(k1_bytes=truth.k1_memory.total)
+    if plan.reserved != truth.reserved:
+        verdict.problems.append(f"the plan's reserved region {plan.reserved} is not the kernel's {truth.reserved}")
+    if truth.device_problem:
+        verdict.problems.append(truth.device_problem)
     return verdict
 
 
@@ -190,13 +220,12 @@ def _pieces(elf: ElfFile, k1: RangeSet, size: int, verdict: Verdict) -> list[_Pi
 
 def _compare(dump: int, memory: int, pieces: list[_Piece], truth: Truth, plan: LoadPlan, verdict: Verdict) -> None:
     """Compare all pieces in chunks, two at a time: reading is most of the work, and needs no interpreter."""
-    live = [region for region in truth.firmware if region.name == "OPAL" or region.name.startswith(_SKIBOOT)]
     marks = _Marks([truth.nonce, truth.panic.encode()] if truth.panic else [truth.nonce])
     buffers = threading.local()
-    wrong_blocks: list[_Wrong] = []
+    wrong: list[Wrong] = []
     head_bytes = 0
 
-    def compare(chunk: _Piece) -> tuple[_Piece, int, list[_Wrong]]:
+    def compare(chunk: _Piece) -> tuple[_Piece, int, list[Wrong]]:
         if not hasattr(buffers, "pair"):
             buffers.pair = bytearray(_CHUNK), bytearray(_CHUNK)
         ours, theirs = buffers.pair
@@ -210,22 +239,15 @@ def _compare(dump: int, memory: int, pieces: list[_Piece], truth: Truth, plan: L
             right_head = len(part) if ours[: len(part)] == part else 0
         marks.look(ours, size)
         same = ours == theirs if size == _CHUNK else ours[:size] == theirs[:size]
-        return chunk, right_head, [] if same else list(_wrong_blocks(ours, theirs, size, start))
+        return chunk, right_head, [] if same else list(wrong_blocks(ours, theirs, size, start))
 
     with ThreadPoolExecutor(max_workers=2) as pool:
         for chunk, right_head, blocks in pool.map(compare, _chunks(pieces)):
             head_bytes += right_head
             verdict.bytes_compared += chunk.range.size
-            for block in blocks:
-                region = next((region for region in live if region.range.contains(block.range)), None)
-                if region is not None:
-                    verdict.exempt.append(Exemption(block.range, region.name, block.wrong))
-                    continue
-                for part in _outside_device_buffers(block, truth, verdict):
-                    wrong_blocks += _without_dispatch_counts(part, truth, verdict)
+            wrong += excuse(blocks, truth, verdict)
     verdict.first_256_bytes_ok = head_bytes == HEAD_SIZE
-    verdict.bytes_wrong = sum(block.wrong for block in wrong_blocks)
-    verdict.wrong_ranges = _describe(wrong_blocks, plan)
+    count_wrong(wrong, plan, verdict)
     verdict.nonce_found = marks.found(truth.nonce, dump)
     verdict.panic_found = bool(truth.panic) and marks.found(truth.panic.encode(), dump)
     if not verdict.nonce_found:
@@ -264,7 +286,7 @@ class _Marks:
 
 
 @dataclass(frozen=True, slots=True)
-class _Wrong:
+class Wrong:
     """A block of `_BLOCK` bytes with differences; `range` is from its first to its last wrong byte."""
 
     start: int
@@ -274,29 +296,49 @@ class _Wrong:
 
     @property
     def range(self) -> Range:
+        """From the first wrong byte to the last, K1 physical."""
         return Range(self.start + self.places[0], self.start + self.places[-1] + 1)
 
     @property
     def wrong(self) -> int:
+        """How many bytes are wrong."""
         return len(self.places)
 
 
-def _outside_device_buffers(block: _Wrong, truth: Truth, verdict: Verdict) -> list[_Wrong]:
+def excuse(blocks: Iterable[Wrong], truth: Truth, verdict: Verdict) -> Iterator[Wrong]:
+    """What is wrong once the exemptions are told apart, which go to the verdict."""
+    live = [region for region in truth.firmware if region.name == "OPAL" or region.name.startswith(_SKIBOOT)]
+    for block in blocks:
+        region = next((region for region in live if region.range.contains(block.range)), None)
+        if region is not None:
+            verdict.exempt.append(Exemption(block.range, region.name, block.wrong))
+            continue
+        for part in _outside_device_buffers(block, truth, verdict):
+            yield from _without_dispatch_counts(part, truth, verdict)
+
+
+def count_wrong(blocks: list[Wrong], plan: LoadPlan, verdict: Verdict) -> None:
+    """Put what is wrong into the verdict, with what lived there."""
+    verdict.bytes_wrong = sum(block.wrong for block in blocks)
+    verdict.wrong_ranges = _describe(blocks, plan)
+
+
+def _outside_device_buffers(block: Wrong, truth: Truth, verdict: Verdict) -> list[Wrong]:
     """Count the bytes that a device wrote where it was told to, and leave the others."""
     if not truth.device_buffers.overlaps(block.range):
         return [block]
     places = tuple(place for place in block.places if not _devices(block, place, truth))
     verdict.bytes_in_device_buffers += block.wrong - len(places)
-    return [_Wrong(block.start, block.dumped, block.true, places)] if places else []
+    return [Wrong(block.start, block.dumped, block.true, places)] if places else []
 
 
-def _devices(block: _Wrong, place: int, truth: Truth) -> bool:
+def _devices(block: Wrong, place: int, truth: Truth) -> bool:
     """Whether that byte is in a buffer and in a line that the device wrote: it marks each. Anything else there is wrong."""
     line = place // LINE * LINE
     return block.start + place in truth.device_buffers and block.dumped[line : line + len(MARK)] == MARK
 
 
-def _without_dispatch_counts(block: _Wrong, truth: Truth, verdict: Verdict) -> list[_Wrong]:
+def _without_dispatch_counts(block: Wrong, truth: Truth, verdict: Verdict) -> list[Wrong]:
     """Move what the hypervisor counted in a VPA from the wrong bytes to the exemptions."""
     places = set(block.places)
     if truth.firmware:  # bare metal: no hypervisor counts
@@ -311,7 +353,7 @@ def _without_dispatch_counts(block: _Wrong, truth: Truth, verdict: Verdict) -> l
             places -= counted
             where = Range.sized(block.start + field_bytes.start, len(_VPA_DISPATCH_COUNT))
             verdict.exempt.append(Exemption(where, f"VPA dispatch count, {before} to {after}", len(counted)))
-    return [_Wrong(block.start, block.dumped, block.true, tuple(sorted(places)))] if places else []
+    return [Wrong(block.start, block.dumped, block.true, tuple(sorted(places)))] if places else []
 
 
 def _read(descriptor: int, buffer: bytearray, size: int, offset: int) -> None:
@@ -323,15 +365,16 @@ def _read(descriptor: int, buffer: bytearray, size: int, offset: int) -> None:
         view, offset = view[count:], offset + count
 
 
-def _wrong_blocks(ours: bytearray, theirs: bytearray, size: int, start: int) -> Iterator[_Wrong]:
+def wrong_blocks(ours: bytearray | memoryview, theirs: bytearray | memoryview, size: int, start: int) -> Iterator[Wrong]:
+    """The blocks of `_BLOCK` bytes in which two buffers differ; they hold `size` bytes of K1 from physical `start` on."""
     a, b = np.frombuffer(ours, np.uint8, size), np.frombuffer(theirs, np.uint8, size)
     for number in np.unique(np.flatnonzero(a != b) // _BLOCK):
         at = int(number) * _BLOCK
         mine, true = a[at : at + _BLOCK], b[at : at + _BLOCK]
-        yield _Wrong(start + at, mine.tobytes(), true.tobytes(), tuple(np.flatnonzero(mine != true).tolist()))
+        yield Wrong(start + at, mine.tobytes(), true.tobytes(), tuple(np.flatnonzero(mine != true).tolist()))
 
 
-def _describe(blocks: list[_Wrong], plan: LoadPlan) -> list[WrongRange]:
+def _describe(blocks: list[Wrong], plan: LoadPlan) -> list[WrongRange]:
     """Neighbouring blocks as one range each, with what lives there and what seems to have happened."""
     # the same bytes elsewhere among the wrong blocks: pages that changed places
     true_home = {block.true: block.start for block in blocks if any(block.true)}
@@ -376,10 +419,13 @@ def _names(paddr: int, plan: LoadPlan) -> list[str]:
     return names
 
 
-def _registers(head: bytes, elf: ElfFile, truth: Truth, plan: LoadPlan, verdict: Verdict) -> None:
-    """The ELF notes: VMCOREINFO of this kernel, and the registers of the task that crashed."""
+def judge_registers(found: Iterable[Note], byteorder: ByteOrder, truth: Truth, plan: LoadPlan, verdict: Verdict) -> None:
+    """The ELF notes: VMCOREINFO of this kernel, and the registers of the task that crashed.
+
+    :raise FormatError: they are no notes.
+    """
     problems = []
-    notes: list[Note] = list(elf.notes(head))
+    notes = list(found)
     info = next((note for note in notes if note.name == "VMCOREINFO"), None)
     if info is None:
         problems.append("no VMCOREINFO note")
@@ -388,7 +434,7 @@ def _registers(head: bytes, elf: ElfFile, truth: Truth, plan: LoadPlan, verdict:
         if release != truth.release:
             problems.append(f"VMCOREINFO is of kernel {release}, K1 was {truth.release}")
     saved = [note.desc for note in notes if note.type == NT_PRSTATUS]
-    tasks = [PrStatus.from_bytes(desc, elf.byteorder) for desc in saved]
+    tasks = [PrStatus.from_bytes(desc, byteorder) for desc in saved]
     text = next((region.range for region in plan.k1_layout if region.name == "K1 text"), None)
     if len(saved) != truth.cpus:
         problems.append(f"the dump has the registers of {len(saved)} CPUs, the machine had {truth.cpus}")
@@ -408,7 +454,8 @@ def _note_buffers(truth: Truth, plan: LoadPlan) -> bytes:
         return b"".join(os.pread(memory.fileno(), min(note.size, _BLOCK), note.start) for note in plan.notes)
 
 
-def _summarise(verdict: Verdict) -> None:
+def summarise(verdict: Verdict) -> None:
+    """The last problems, from the counts."""
     if verdict.bytes_wrong:
         count = len(verdict.wrong_ranges)
         verdict.problems.append(f"{verdict.bytes_wrong} bytes are wrong, in {count} range{'s' * (count != 1)}")
