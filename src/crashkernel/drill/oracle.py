@@ -259,7 +259,7 @@ class Oracle:
         flags, mapping = (self._field(rows, name, "u8")[head] for name in ("flags", "mapping"))
 
         def has(name: str) -> NDArray[np.bool_]:
-            return np.not_equal(flags >> info.number(name) & 1, 0)
+            return (flags >> info.number(name) & 1).astype(np.bool_)
 
         buddy = self._types(rows, info.number("PAGE_BUDDY_MAPCOUNT_VALUE"))
         offline = self._types(rows, info.number("PAGE_OFFLINE_MAPCOUNT_VALUE"))
