@@ -40,7 +40,7 @@ from __future__ import annotations
 import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -82,6 +82,15 @@ _STRUCT_SIZES = range(32, 257, 8)
 _MOST_FREE_ORDERS = 32  # a free block has less than 2^32 pages on any kernel: MAX_ORDER is 10 to 13, 16 at most
 _ANON = 1  # of page.mapping: PAGE_MAPPING_ANON (include/linux/page-flags.h)
 _TAIL = 1  # of page.compound_head
+
+_SAMPLED_CHUNKS = 8
+"""Chunks, spread over the machine, whose share of free pages is held against the kernel's own count before one is dropped."""
+
+_EXCESS_OF_ALL, _EXCESS_OF_SOME = 1 / 16, 1 / 2
+"""By what share of memory that may be wrong, if all of it was looked at, and if some chunks were."""
+
+_MOST_NODES, _MOST_ZONES = 1 << 10, 8
+"""Of a kernel's memory: CONFIG_NODES_SHIFT is 10 at most, enum zone_type has 6 at most."""
 
 _PROBES, _DAMAGED_PROBES = 16, 3
 """How many structs of a large block's worth of them are looked at for damage, and how many make it so."""
@@ -549,7 +558,7 @@ class _Judge:
 def _spread(classes: _U8, places: _Index, sizes: _Index, values: _U8) -> int:
     """Give all pages of blocks the class of the block: that of the outermost, where one lies in another.
 
-    Blocks begin at `places` (ascending) and have `sizes` pages. They lie one in the other or apart: they are aligned powers of 2.
+    Blocks begin at `places` (ascending), have `sizes` pages, and lie one in the other or apart: they are aligned powers of 2.
     Returns how far the last block reaches.
     """
     ends = places + sizes
@@ -620,6 +629,8 @@ class PageFilter:
         reader = _RuleReader(kernel.info, source.byteorder, source.page_size, level)
         self._rules = reader.rules()
         self.doubts += reader.doubts
+        self._checked = False  # whether the marks of free pages have been held against
+        self._counted: int | None = None  # the kernel's own count of them
 
     def chunks(self) -> Iterator[Chunk]:
         """Yield the classes of all pages; memory in use does not grow with the machine."""
@@ -630,17 +641,67 @@ class PageFilter:
 
         So several processes can share the work, each with a part of the machine and its own `doubts`.
         """
-        if self._rules is None:
-            for start, end in self._cells(first, last):
-                yield self._clipped(start, _absent(np.zeros(end - start, np.uint8), self._present(start, end)), first, last)
-            return
-        walk = _Walk(self._source, self._rules, _Array(self._kernel.page_structs(), self._rules.size))
+        self._distrust_free()
+        walk: _Walk | None = None
+        free = 0
         for start, end in self._cells(first, last):
-            if not walk.begun:
-                walk.begin(start, self._present)
             present = self._present(start, end)
-            yield self._clipped(start, _absent(walk.classes(start, end, present), present), first, last)
-        self._conclude(walk.findings)
+            if self._rules is None:
+                classes = np.zeros(end - start, np.uint8)
+            else:
+                if walk is None:
+                    walk = _Walk(self._source, self._rules, self._kernel.page_structs())
+                    walk.begin(start, self._present)
+                classes = walk.classes(start, end, present)
+                free += int(np.count_nonzero(classes == PageClass.FREE))
+            if present is not None:
+                classes[~present] = PageClass.ABSENT
+            yield Chunk(max(start, first), classes[max(first - start, 0) : max(min(last, end) - start, 0)])
+        if walk is not None:
+            for text in walk.findings.texts():
+                self._doubt(text)
+            if (first, last) == (0, self.max_pfn):
+                self._compare_free(free)
+
+    def _distrust_free(self) -> None:
+        """Keep all free pages if far more are marked free than the kernel counts: then the mark means something else.
+
+        On a large machine some chunks stand for all of it, and as free memory lies in clusters they may be off by a half.
+        """
+        if self._checked or self._rules is None or not self._rules.free:
+            return
+        self._checked = True
+        self._counted = counted = _counted_free(self._kernel, self._source.byteorder)
+        cells = list(self._cells(0, self.max_pfn)) if counted is not None else []
+        if counted is None or not cells:
+            return
+        some = cells[:: -(-len(cells) // _SAMPLED_CHUNKS)]
+        walk = _Walk(self._source, self._rules, self._kernel.page_structs())
+        pages = free = 0
+        for start, end in some:
+            present = self._present(start, end)
+            walk.begin(start, self._present)
+            pages += end - start if present is None else int(np.count_nonzero(present))
+            marked = walk.classes(start, end, present) == PageClass.FREE
+            free += int(np.count_nonzero(marked if present is None else marked & present))
+        all_pages = sum(high - low for low, high in self._memory)
+        excess = free / pages - counted / all_pages
+        if excess > (_EXCESS_OF_ALL if len(some) == len(cells) else _EXCESS_OF_SOME):
+            self._rules = replace(self._rules, free=False, buddy_type=None, unaccepted_type=None, free_orders=0)
+            marks, counts = f"{free / pages:.0%} of memory is marked free", f"the kernel counts {counted / all_pages:.0%}"
+            self._doubt(f"{marks}, but {counts}: free pages are kept")
+
+    def _compare_free(self, free: int) -> None:
+        """Doubt, after a pass over everything, that all free pages were found."""
+        if self._counted is None or self._rules is None or not self._rules.free:
+            return
+        all_pages = sum(high - low for low, high in self._memory)
+        if abs(free - self._counted) > all_pages * _EXCESS_OF_ALL:
+            self._doubt(f"{free} pages are marked free, but the kernel counts {self._counted}")
+
+    def _doubt(self, text: str) -> None:
+        if text not in self.doubts:
+            self.doubts.append(text)
 
     def _cells(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """Yield the chunks that have memory of [first, last), whole: they begin at multiples of a chunk's pages."""
@@ -663,16 +724,6 @@ class PageFilter:
             present[max(low - start, 0) : max(high - start, 0)] = True
         return present
 
-    @staticmethod
-    def _clipped(start: int, classes: _U8, first: int, last: int) -> Chunk:
-        low, high = max(first - start, 0), max(min(last - start, len(classes)), 0)
-        return Chunk(start + low, classes[low:high])
-
-    def _conclude(self, findings: _Findings) -> None:
-        for text in findings.texts():
-            if text not in self.doubts:
-                self.doubts.append(text)
-
 
 def _page_ranges(source: Source) -> list[tuple[int, int]]:
     """Return the page frames that hold memory, as ascending ranges that do not touch; a part of a page is enough."""
@@ -686,10 +737,28 @@ def _page_ranges(source: Source) -> list[tuple[int, int]]:
     return ranges
 
 
-def _absent(classes: _U8, present: _Bool | None) -> _U8:
-    if present is not None:
-        classes[~present] = PageClass.ABSENT
-    return classes
+def _counted_free(kernel: DeadKernel, byteorder: ByteOrder) -> int | None:
+    """Return how many free pages the kernel counts in all its zones, None when it cannot be asked.
+
+    What each CPU has not added to the counts yet is left out, at most 125 pages of a zone (`mm/vmstat.c`).
+    """
+    info = kernel.info
+
+    def numbers(vaddr: int, count: int, size: int) -> list[int]:
+        data = kernel.read(vaddr, count * size)
+        return [int.from_bytes(data[at : at + size], byteorder) for at in range(0, len(data), size)]
+
+    try:
+        zones, number = info.offset("pglist_data.node_zones"), info.offset("pglist_data.nr_zones")
+        counter = info.offset("zone.vm_stat") + 8 * info.number("NR_FREE_PAGES")
+        free = 0
+        for node in numbers(info.symbol("node_data"), min(info.length("node_data"), _MOST_NODES), 8):
+            (count,) = numbers(node + number, 1, 4) if node else (0,)
+            for index in range(min(count, _MOST_ZONES)):
+                free += numbers(node + zones + index * info.size("zone") + counter, 1, 8)[0]
+    except CrashkernelError:
+        return None
+    return free
 
 
 class _Walk:
@@ -698,12 +767,11 @@ class _Walk:
     So a block either lies in one chunk or consists of whole ones, and of what came before a chunk only such a block matters.
     """
 
-    def __init__(self, source: Source, rules: _Rules, array: _Array) -> None:
+    def __init__(self, source: Source, rules: _Rules, runs: Iterator[PageStructs]) -> None:
         self.findings = _Findings()
-        self.begun = False
         self._source = source
         self._rules = rules
-        self._array = array
+        self._array = _Array(runs, rules.size)
         self._judge = _Judge(rules, self.findings)
         self._buffer = np.empty(_CHUNK_PAGES * rules.size, np.uint8)
         self._block = _Block()
@@ -716,7 +784,6 @@ class _Walk:
 
         Its first page can only be where a block of a size that would reach this far is aligned.
         """
-        self.begun = True
         size = self._rules.size
         orders = range(max(self._rules.max_order, self._rules.free_orders), 0, -1)
         for first in sorted({start & -(1 << order) for order in orders} - {start}):
