@@ -1,5 +1,6 @@
 """An ELF vmcore as a source: what is read is what the file says, however its segments lie; hostile headers are refused."""
 
+import mmap
 import os
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import crashkernel.capture.source as source_module
 from crashkernel.capture.source import ElfVmcore, MissingMemory, Stretch
 from crashkernel.errors import CrashkernelError, EnvironmentFault, FormatError
 from crashkernel.memory import Range, RangeSet
@@ -110,6 +112,46 @@ def test_of_overlapping_segments_the_first_counts_and_bytes_beat_zeros(tmp_path)
         assert pages(source, *range(8)) == expected
         assert source.read(0, 8 * PAGE) == expected
         assert source.memory == RangeSet([Range(0, 8 * PAGE)])
+
+
+@pytest.fixture
+def as_proc_vmcore(tmp_path, monkeypatch):
+    """A path that is taken for /proc/vmcore, and is mapped in small windows."""
+    monkeypatch.setattr(source_module, "_PROC_VMCORE", tmp_path / "proc-vmcore")
+    monkeypatch.setattr(source_module, "_WINDOW_SIZE", 0x10000)
+    return tmp_path / "proc-vmcore"
+
+
+def test_proc_vmcore_is_mapped_and_reads_the_same(as_proc_vmcore, monkeypatch):
+    data = noise(100 * PAGE, 11)
+    path = vmcore(as_proc_vmcore, Part(paddr=0x800, data=data), Part(paddr=200 * PAGE, data=data))
+    (path.parent / "link").symlink_to(path)
+    with ElfVmcore(path.parent / "link") as source:
+        monkeypatch.setattr(os, "preadv", None)  # nothing is read any more
+        plain = bytes(0x800) + data + bytes(0x800)
+        assert pages(source, *range(101)) == plain
+        assert pages(source, 0, 50, 99, 100, 200, 299) == b"".join(
+            (plain + bytes(99 * PAGE) + data)[pfn * PAGE : (pfn + 1) * PAGE] for pfn in (0, 50, 99, 100, 200, 299)
+        )
+        assert source.read(0x801, 70 * PAGE) == data[1 : 1 + 70 * PAGE]
+
+
+def test_a_proc_vmcore_that_cannot_be_mapped_is_read(as_proc_vmcore, monkeypatch):
+    data = noise(100 * PAGE, 12)
+
+    def refuse(*_args, **_named):
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    with ElfVmcore(vmcore(as_proc_vmcore, Part(paddr=PAGE, data=data))) as source:
+        assert pages(source, *range(1, 101)) == data
+
+
+def test_other_files_are_not_mapped(tmp_path, monkeypatch):
+    monkeypatch.setattr(mmap, "mmap", None)
+    data = noise(4 * PAGE, 13)
+    with ElfVmcore(vmcore(tmp_path / "v", Part(paddr=PAGE, data=data))) as source:
+        assert pages(source, 1, 2, 3, 4) == data
 
 
 @given(
