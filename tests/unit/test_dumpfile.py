@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crashkernel.capture import bitmap, dumpbytes, dumpfile
-from crashkernel.capture.dumpbytes import FlattenedFile
+from crashkernel.capture.dumpbytes import FlattenedFile, PlainFile
 from crashkernel.capture.dumpfile import DamagedPage, KdumpFile, StoredPages, cut_off, is_flattened, open_dump, stored_pages
 from crashkernel.capture.selection import PageClass
 from crashkernel.capture.source import ElfVmcore, MissingMemory
@@ -217,7 +217,7 @@ class TestFlattened:
         for offset, data in parts:
             whole.extend(bytes(max(0, offset + len(data) - len(whole))))
             whole[offset : offset + len(data)] = data
-        stream = FlattenedFile(path)
+        stream = FlattenedFile(PlainFile(path))
         assert stream.size == len(whole)
         assert stream.read(0, 1000) == whole
         for start in range(0, len(whole), 7):

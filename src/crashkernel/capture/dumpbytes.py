@@ -45,24 +45,26 @@ class DumpBytes(Protocol):
 
 
 class PlainFile:
-    """A file as it is.
+    """A file as it is, or `size` bytes of it from file offset `start` on.
 
     :raise EnvironmentFault: it cannot be opened, or not be read at any place.
     """
 
     truncated = False
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, start: int = 0, size: int | None = None) -> None:
         self.name = str(path)
+        self._start = start
         try:
             self._descriptor = os.open(self.name, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise EnvironmentFault(f"cannot open {self.name}: {error.strerror}") from None
         try:
-            self.size = self.stored = os.lseek(self._descriptor, 0, os.SEEK_END)
+            end = os.lseek(self._descriptor, 0, os.SEEK_END)
         except OSError:
             self.close()
             raise EnvironmentFault(f"{self.name} cannot be read at any place: a dump must be a file") from None
+        self.size = self.stored = max(min(end - start, end if size is None else size), 0)
 
     def fileno(self) -> int:
         """Return the open file's descriptor."""
@@ -74,8 +76,9 @@ class PlainFile:
         if size <= 0:
             return b""
         try:
-            data = os.pread(self._descriptor, size, file_offset)
-            while len(data) < size and (more := os.pread(self._descriptor, size - len(data), file_offset + len(data))):
+            at = self._start + file_offset
+            data = os.pread(self._descriptor, size, at)
+            while len(data) < size and (more := os.pread(self._descriptor, size - len(data), at + len(data))):
                 data += more
         except OSError as error:
             raise EnvironmentFault(f"cannot read {self.name} at offset {file_offset:#x}: {error.strerror}") from None
@@ -93,13 +96,13 @@ class FlattenedFile:
 
     A stream that is cut off is read up to there; `truncated` says so.
 
-    :raise FormatError: it is no flattened stream, or a record in it makes no sense.
+    :raise FormatError: it is no flattened stream, or a record in it makes no sense; the file is closed then.
     :raise EnvironmentFault: it cannot be read.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        self.name = str(path)
-        self._file = PlainFile(path)
+    def __init__(self, file: PlainFile) -> None:
+        self.name = file.name
+        self._file = file
         self.truncated = False
         try:
             self._index()

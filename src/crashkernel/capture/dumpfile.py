@@ -37,6 +37,7 @@ MACHINES = {"ppc64": EM_PPC64, "ppc64le": EM_PPC64, "x86_64": EM_X86_64}
 _NOTES_LIMIT = 1 << 26  # bytes, as in source.py
 _PADDR_LIMIT = 1 << 56  # likewise
 _PPC64_LINEAR_BASE = 0xC000_0000_0000_0000  # PAGE_OFFSET, arch/powerpc/include/asm/page.h
+_E_FLAGS = 48  # offset of e_flags in Elf64_Ehdr
 _BATCH_BYTES = 1 << 20  # of pages that are read at once
 _DATA_GAP = 1 << 16  # bytes between two pages' data that are read, and dropped, rather than asked for apart
 _DESCRIPTOR_GAP = 512
@@ -477,23 +478,24 @@ class StoredPages:
 # ------------------------------------------------------------------------------------------------------------- opening
 
 
-class _FlattenedElf(ElfVmcore):
-    """An ELF vmcore that came as a flattened stream: all reading goes through the stream's index."""
+class _ElfWithin(ElfVmcore):
+    """An ELF vmcore that is no file of its own: all reading goes through what knows where its bytes are."""
 
-    def __init__(self, data: FlattenedFile) -> None:
+    def __init__(self, data: DumpBytes) -> None:
         self.data = data
         super().__init__(data.name)
 
-    def _elf(self, file_size: int) -> ElfFile:
-        return super()._elf(self.data.size)  # the file is as long as the stream; what it describes is not
+    def _elf(self, _file_size: int) -> ElfFile:
+        return super()._elf(self.data.size)
 
     def _fill(self, file_offset: int, target: memoryview) -> None:
         data = self.data.read(file_offset, len(target))
         if len(data) < len(target):
-            raise EnvironmentFault(f"{self.name} ends at offset {file_offset + len(data):#x} of what it describes")
+            raise EnvironmentFault(f"{self.name} ends at offset {file_offset + len(data):#x} of the vmcore in it")
         target[:] = data
 
     def close(self) -> None:
+        """Close the file; nothing can be read afterwards."""
         self.data.close()
         super().close()
 
@@ -501,30 +503,51 @@ class _FlattenedElf(ElfVmcore):
 Dump = KdumpFile | ElfVmcore
 """What `open_dump` opens."""
 
+_ELF = b"\x7fELF"
+_AGE = b"age-encryption"
+_DEVICE = b"crashkernel dump"  # target/device.py
+_HEAD_SIZE = 16
+
 
 def open_dump(path: Path | str) -> Dump:
-    """Open a dump of any format we know: an ELF vmcore, a kdump-compressed dump, or a flattened stream of either.
+    """Open a dump of any format we know: an ELF vmcore, a kdump-compressed dump, a flattened stream of either.
+
+    All of these may also lie on a block device, behind the head that `crashkernel capture` puts there.
 
     :raise FormatError: it is none of them, or damaged where it begins.
     :raise EnvironmentFault: it cannot be read.
     """
-    plain = PlainFile(path)
-    head = plain.read(0, len(flattened.SIGNATURE))
-    if head.startswith(diskdump.SIGNATURE):
-        return KdumpFile(plain)
-    plain.close()
-    if head.startswith(b"\x7fELF"):
+    data = PlainFile(path)
+    head = data.read(0, _HEAD_SIZE)
+    if head == _DEVICE:
+        from crashkernel.capture.target.device import open_device_dump  # noqa: PLC0415 - the targets are many, and rarely needed
+
+        data.close()
+        start, size, _ = open_device_dump(Path(path))
+        data = PlainFile(path, start, size)
+        head = data.read(0, _HEAD_SIZE)
+    elif head.startswith(_ELF):
+        data.close()
         return ElfVmcore(path)
+    return _open(data, head)
+
+
+def _open(data: PlainFile, head: bytes) -> Dump:
+    if head.startswith(diskdump.SIGNATURE):
+        return KdumpFile(data)
+    if head.startswith(_ELF):
+        return _ElfWithin(data)
     if not head.startswith(flattened.SIGNATURE):
+        data.close()
         raise FormatError(
             "neither an ELF vmcore nor a kdump-compressed or flattened dump",
-            source=str(path),
+            source=data.name,
             offset=0,
-            hint="an encrypted dump (age) must be decrypted first" if head.startswith(b"age-encrypt") else "",
+            hint="an encrypted dump must be decrypted first: age -d" if head.startswith(_AGE) else "",
         )
-    stream = FlattenedFile(path)
+    stream = FlattenedFile(data)
     try:
-        return _FlattenedElf(stream) if stream.read(0, 4) == b"\x7fELF" else KdumpFile(stream)
+        return _ElfWithin(stream) if stream.read(0, len(_ELF)) == _ELF else KdumpFile(stream)
     except BaseException:
         stream.close()
         raise
@@ -537,10 +560,16 @@ def stored_pages(dump: Dump) -> Selection:
 
 def is_flattened(dump: Dump) -> bool:
     """Whether the file holds the dump as a flattened stream."""
-    return isinstance(getattr(dump, "data", None), FlattenedFile)
+    return isinstance(dump, KdumpFile | _ElfWithin) and isinstance(dump.data, FlattenedFile)
 
 
 def cut_off(dump: Dump) -> bool:
     """Whether the stream that the dump came as ended before its end."""
-    data = getattr(dump, "data", None)
-    return isinstance(data, FlattenedFile) and data.truncated
+    return isinstance(dump, KdumpFile | _ElfWithin) and dump.data.truncated
+
+
+def elf_flags(vmcore: ElfVmcore) -> int:
+    """The e_flags of a vmcore. makedumpfile sets the lowest bit of a dump that it could not complete (DUMP_ELF_INCOMPLETE)."""
+    raw = bytearray(4)
+    vmcore._fill(_E_FLAGS, memoryview(raw))
+    return int.from_bytes(raw, vmcore.byteorder)
