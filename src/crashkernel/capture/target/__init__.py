@@ -18,6 +18,7 @@ from crashkernel.capture.target.local import FileStreamTarget, FileTarget
 from crashkernel.capture.target.saving import STALL, NoTargetLeft, Write, save
 from crashkernel.capture.target.ssh import SshTarget
 from crashkernel.capture.target.stream import StdoutTarget
+from crashkernel.capture.target.web import WebTarget
 from crashkernel.errors import UsageError
 
 __all__ = [
@@ -94,7 +95,18 @@ def _network_target(text: str, options: TargetOptions) -> Target:
             stall=options.stall,
             encryption=options.encryption,
         )
-    raise UsageError(f"{text!r} is no target", hint=hint)
+    if options.token_file is None:
+        raise UsageError(f"{text} wants a token", hint="name the file that has it: --token-file")
+    return WebTarget(
+        url.hostname,
+        port,
+        path.strip("/"),
+        options.token_file,
+        tls=url.scheme == "https",
+        ca_file=options.ca_file,
+        stall=options.stall,
+        encryption=options.encryption,
+    )
 
 
 def _is_device(path: str) -> bool:
