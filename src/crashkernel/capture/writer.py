@@ -309,7 +309,8 @@ def _write_kdump(
     for result in crew.run(kept.batches(crew.capacity)):
         ends = np.cumsum(result.size)
         size = int(ends[-1])
-        output.put_vector(offset, np.stack([result.address, result.size], axis=1), size)
+        if size:  # not all of them zeros
+            output.put_vector(offset, np.stack([result.address, result.size], axis=1), size)
         zero = result.size == 0
         descriptors.add(
             offset=np.where(zero, zeros_at, offset + ends - result.size),

@@ -158,7 +158,7 @@ def _capture(arguments: argparse.Namespace) -> int:
     saved = save(
         write,
         targets,
-        crash_name(identity.utsname.nodename, identity.crash_time or time.time()),
+        crash_name(identity.utsname.nodename.replace("(none)", ""), identity.crash_time or time.time()),
         files={LOG: log.encode()} if log else {},
         stall=arguments.stall,
         report=console.say,
