@@ -208,18 +208,18 @@ class _RuleReader:
         orders = self._ask(info.length, "zone.free_area")
         order = self._order() if head else None
 
+        slab_known = {"NUMBER(PG_slab)": slab or types["SLAB"] is not None}
         in_order = {"OFFSET(page.mapping)": mapping is not None, "OFFSET(page.compound_head)": tail is not None}
         cache = bool(level & (DL_CACHE | DL_CACHE_PRIVATE)) and self._all(
             "page cache is", {**in_order, "NUMBER(PG_lru)": lru, "NUMBER(PG_private)": private_flag}
         )
-        user = bool(level & DL_USER) and self._all(
-            "user data is", {**in_order, "NUMBER(PG_slab)": slab or types["SLAB"] is not None}
-        )
+        user = bool(level & DL_USER) and self._all("user data is", {**in_order, **slab_known})
         free = bool(level & DL_FREE) and self._all(
             "free pages are",
             {
                 "NUMBER(PAGE_BUDDY_MAPCOUNT_VALUE)": types["BUDDY"] is not None,
                 "OFFSET(page.private)": private is not None,
+                **slab_known,
                 "LENGTH(zone.free_area)": orders is not None and 0 < orders <= _MOST_FREE_ORDERS,
             },
         )
@@ -250,7 +250,7 @@ class _RuleReader:
             slab_type=types["SLAB"],
             buddy_type=types["BUDDY"] if free else None,
             unaccepted_type=types["UNACCEPTED"] if free else None,
-            offline_type=types["OFFLINE"],
+            offline_type=types["OFFLINE"] if all(slab_known.values()) else None,
             free_orders=orders if free and orders is not None else 0,
             max_order=max((_LARGEST_BLOCK // self._page_size).bit_length() - 1, 0),
             cache=cache,
@@ -365,12 +365,12 @@ class _Judge:
     second-level cache, and `own_classes` then goes over that in arrays long enough to make numpy's calls cheap.
     """
 
-    def __init__(self, rules: _Rules, findings: _Findings) -> None:
+    def __init__(self, rules: _Rules, findings: _Findings, pages: int) -> None:
         self._rules = rules
         self._findings = findings
-        self._flags, self._mapcount, self._word = np.empty((3, _CHUNK_PAGES), np.uint32)
+        self._flags, self._mapcount, self._word = np.empty((3, pages), np.uint32)
         # What numpy says of a comparison are bytes of 0 and 1: they are taken for truths or numbers as it suits.
-        self._whole, self._anon, self._plain, self._free, self._cache, self._test = np.empty((6, _CHUNK_PAGES), np.uint8)
+        self._whole, self._anon, self._plain, self._free, self._cache, self._test = np.empty((6, pages), np.uint8)
 
     def load(self, structs: _U8, stride: int, at: int) -> int:
         """Take the structs in `structs` (flat), one every `stride` bytes, as pages `at` and up; returns how many there are."""
@@ -708,7 +708,7 @@ class PageFilter:
         cell = 0
         for start, end in self._memory:
             cell = max(cell, max(start, first) // _CHUNK_PAGES)
-            while cell * _CHUNK_PAGES < min(end, last):
+            while max(cell * _CHUNK_PAGES, first) < min(end, last):
                 yield cell * _CHUNK_PAGES, min((cell + 1) * _CHUNK_PAGES, self.max_pfn)
                 cell += 1
 
@@ -772,10 +772,13 @@ class _Walk:
         self._source = source
         self._rules = rules
         self._array = _Array(runs, rules.size)
-        self._judge = _Judge(rules, self.findings)
+        self._judge = _Judge(rules, self.findings, _CHUNK_PAGES)
         self._buffer = np.empty(_CHUNK_PAGES * rules.size, np.uint8)
         self._block = _Block()
         self._sampled = rules.sampled_pages()
+        self._pair_judge = _Judge(
+            rules, self.findings, _CHUNK_PAGES // self._sampled
+        )  # for first pages, while chunks are loaded
         self._pairs = np.empty(2 * rules.size * (_CHUNK_PAGES // self._sampled), np.uint8)
         self._sampling = False
 
@@ -797,8 +800,8 @@ class _Walk:
 
     def _judge_pair(self, pair: _U8, pfn: int, present: _Bool | None) -> tuple[int, int]:
         """Return the class of one page, and how many it decides for; `pair` is its struct and the one after it."""
-        self._judge.load(pair, len(pair), 0)
-        classes, _, sizes = self._judge.own_classes(pair, pfn, 2, present)
+        self._pair_judge.load(pair, len(pair), 0)
+        classes, _, sizes = self._pair_judge.own_classes(pair, pfn, 2, present)
         return int(classes[0]), int(sizes[0]) if len(sizes) else 1
 
     def classes(self, start: int, end: int, present: _Bool | None) -> _U8:
@@ -873,8 +876,8 @@ class _Walk:
             inside = at < len(pieces) and pieces[at][0] <= first and first + 2 <= pieces[at][1]
             if not inside or not self._read(pieces[at][2] + (first - pieces[at][0]) * size, target):
                 target[:] = 0
-        self._judge.load(pairs, 2 * size, 0)
-        classes, places, sizes = self._judge.own_classes(pairs, start, step, None if present is None else present[::step])
+        self._pair_judge.load(pairs, 2 * size, 0)
+        classes, places, sizes = self._pair_judge.own_classes(pairs, start, step, None if present is None else present[::step])
         large = sizes >= step
         blocks = np.zeros(count, np.uint8)
         if large.any():
