@@ -93,6 +93,19 @@ def test_a_page_cut_short_is_told(codec):
         assert codec.decompress(whole[: len(whole) // 2], 0x1000) != page
 
 
+def test_a_zstandard_without_a_call_for_many_pages_gives_the_same(monkeypatch):
+    """Debian's package is built so."""
+    zstandard = pytest.importorskip("zstandard")
+    pages = [page_of(number % 5, number, 0x1000) for number in range(9)]
+    results = []
+    for features in (zstandard.backend_features, {"buffer_types"}):
+        monkeypatch.setattr(zstandard, "backend_features", features)
+        batch = batch_of(pages)
+        codec_by_name("zstd").compressor(batch)(np.array([0, 2, 3, 8]))
+        results.append([stored(batch, number) for number in (0, 2, 3, 8)])
+    assert results[0] == results[1]
+
+
 def test_no_compressed_page_outgrows_its_place():
     assert stored_stride(0x1000) >= max(32 + 0x1000 + 0x1000 // 6, 0x1000 + 0x1000 // 16 + 67)
     assert stored_stride(0x10000) % 64 == 0

@@ -45,7 +45,7 @@ def check(found, source, pfns):
             assert (data if len(data) == PAGE else LZO.decompress(data, PAGE)) == page
 
 
-@pytest.mark.parametrize("workers", [1, 2, 5])
+@pytest.mark.parametrize("workers", [0, 1, 2, 5])
 def test_results_come_in_order_and_are_the_same_for_any_number_of_workers(workers):
     source = source_of(200)
     pfns = [pfn for pfn in range(200) if pfn % 7]

@@ -236,14 +236,20 @@ def _zstd_compressor(batch: PageBatch) -> Compress:
     engine = zstandard.ZstdCompressor(level=_ZSTD_LEVEL)
     segments = np.empty((batch.capacity, 2), np.uint64)  # offset and size of each page, as BufferWithSegments takes them
     segments[:, 1] = batch.page_size
+    views = [batch.pages[at : at + batch.page_size].data for at in range(0, len(batch.pages), batch.page_size)]
     base = np.uint64(batch.stored.ctypes.data)
+    # Debian builds it against the system's libzstd, and then it has no call for many pages.
+    many = "multi_compress_to_buffer" in zstandard.backend_features
 
     def compress(which: NDArray[np.intp]) -> None:
         if not len(which):
             return
-        segments[: len(which), 0] = which * batch.page_size
-        pages = zstandard.BufferWithSegments(batch.pages, segments[: len(which)].tobytes())
-        frames = list(engine.multi_compress_to_buffer(pages))
+        if many:
+            segments[: len(which), 0] = which * batch.page_size
+            pages = zstandard.BufferWithSegments(batch.pages, segments[: len(which)].tobytes())
+            frames = list(engine.multi_compress_to_buffer(pages))
+        else:
+            frames = [engine.compress(views[number]) for number in which.tolist()]
         sizes = np.fromiter(map(len, frames), np.uint64, len(frames))
         data = b"".join(frames)
         batch.stored[: len(data)] = np.frombuffer(data, np.uint8)

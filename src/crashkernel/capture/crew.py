@@ -10,6 +10,7 @@ not finished is done again, by the process that runs the crew if there is nobody
 from __future__ import annotations
 
 import contextlib
+import gc
 import mmap
 import os
 import select
@@ -137,7 +138,8 @@ class _Job:
 class Crew:
     """`workers` processes that take pages from `source` and compress them with `codec`; a context manager.
 
-    With `drop_zeros` a page of zeros is found, not stored.
+    None do it in the process that runs the crew: on a single CPU more would only take memory. With `drop_zeros` a page of zeros
+    is found, not stored.
     """
 
     source: Source
@@ -158,6 +160,9 @@ class Crew:
         return _SLOTS * (PageBatch.bytes_for(max(1, BATCH_BYTES // page_size), page_size) + 9)
 
     def __enter__(self) -> Self:
+        # what is garbage to be collected in one process would be memory to be copied in another
+        gc.collect()
+        gc.freeze()
         try:
             for _ in range(self.workers):
                 self._fork()

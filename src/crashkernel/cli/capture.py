@@ -78,9 +78,9 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     capture.add_argument(
         "--workers",
         "-j",
-        type=_positive,
+        type=_workers,
         metavar="N",
-        help="processes that compress (default: as many as there are CPUs, and memory allows)",
+        help="processes that compress, 0 to do without any (default: as many as there are CPUs, and memory allows; 0 on one CPU)",
     )
     capture.add_argument("--encrypt-to", metavar="RECIPIENT", help="an age recipient (age1…, ssh-…), or a file of them")
     capture.add_argument("--ssh-identity", type=Path, metavar="FILE", help="the private key for ssh:// targets")
@@ -109,6 +109,10 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or not 0 < int(text) <= 4096:
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 to 4096")
     return int(text)
+
+
+def _workers(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
 
 
 def _capture(arguments: argparse.Namespace) -> int:
@@ -148,7 +152,7 @@ def _capture(arguments: argparse.Namespace) -> int:
             beat()
             console.show(progress)
 
-        workers = arguments.workers or _workers(source.page_size)
+        workers = _as_many_as_fit(source.page_size) if arguments.workers is None else arguments.workers
         with Crew(source, codec, workers, drop_zeros=form == "kdump" and bool(arguments.level & DL_ZERO)) as crew:
             written = write_dump(source, identity, selection, crew, descriptor, form, tell)
         console.done(written, [doubt for doubt in selection.doubts if doubt not in told])
@@ -204,8 +208,8 @@ _WORKER = 24 << 20
 """Bytes that a worker's process takes beside what `Crew.memory_for` says: the most that was seen (docs/benchmarks.md)."""
 
 
-def _workers(page_size: int) -> int:
-    """As many as there are CPUs, in at most half of the memory that is free: the other half is for what is being written."""
+def _as_many_as_fit(page_size: int) -> int:
+    """A worker for each CPU, in at most half of the memory that is free: the other half is for what is being written."""
     from crashkernel.capture.crew import Crew  # noqa: PLC0415
 
     cpus = len(os.sched_getaffinity(0))
@@ -213,8 +217,9 @@ def _workers(page_size: int) -> int:
         fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line)
         available = int(fields["MemAvailable"].split()[0]) << 10
     except (OSError, KeyError, ValueError, IndexError):
-        return 1
-    return max(1, min(cpus, available // 2 // (Crew.memory_for(page_size) + _WORKER)))
+        return 0
+    fitting = min(cpus, available // 2 // (Crew.memory_for(page_size) + _WORKER))
+    return fitting if fitting > 1 else 0
 
 
 def _contents(
