@@ -160,9 +160,7 @@ class Crew:
         return _SLOTS * (PageBatch.bytes_for(max(1, BATCH_BYTES // page_size), page_size) + 9)
 
     def __enter__(self) -> Self:
-        # what is garbage to be collected in one process would be memory to be copied in another
-        gc.collect()
-        gc.freeze()
+        gc.freeze()  # a collection writes to every object it looks at, and what is written to after a fork is copied
         try:
             for _ in range(self.workers):
                 self._fork()

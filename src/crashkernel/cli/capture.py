@@ -80,7 +80,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "-j",
         type=_workers,
         metavar="N",
-        help="processes that compress, 0 to do without any (default: as many as there are CPUs, and memory allows; 0 on one CPU)",
+        help="processes that compress; 0: the capture itself (default: one for each CPU, as memory allows; 0 on one CPU)",
     )
     capture.add_argument("--encrypt-to", metavar="RECIPIENT", help="an age recipient (age1…, ssh-…), or a file of them")
     capture.add_argument("--ssh-identity", type=Path, metavar="FILE", help="the private key for ssh:// targets")
