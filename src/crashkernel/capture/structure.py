@@ -39,6 +39,11 @@ class FaultList:
         if len(self.first) < self.LIMIT:
             self.first.append(text)
 
+    def extend(self, other: Faults) -> None:
+        """Note what was found elsewhere."""
+        self.count += other.count
+        self.first += other.first[: self.LIMIT - len(self.first)]
+
     def all(self) -> Faults:
         """All of them."""
         return Faults(self.count, tuple(self.first))
