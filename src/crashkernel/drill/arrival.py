@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
 import os
+import re
+import secrets
 import struct
+import sys
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from crashkernel.drill.filtered import SavedDump
-from crashkernel.errors import VerificationError
+from crashkernel.drill.saving import Saving
+from crashkernel.errors import EnvironmentFault, VerificationError
 
 LOG, MANIFEST = "vmcore-dmesg.txt", "vmcore.manifest.json"
 """Names of what lies beside a dump, in a kept drill too."""
@@ -23,6 +31,88 @@ BLANK = 1 << 20
 _HEAD = struct.Struct(">16sIIQII32s")
 _MAGIC, _VERSION, _WHOLE = b"crashkernel dump", 1, 1
 _MANIFEST_OFFSET, _LOG_OFFSET, _DUMP_OFFSET = 0x1000, 0x10000, 0x100000
+
+_HOST = "10.0.2.2"  # the host's loopback, as a guest on QEMU's user network sees it (qemu(1), -netdev user)
+_START = 20.0  # seconds that the receiver may take to listen
+_SHOWN = "/etc/crashkernel/token"  # in K2
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """What K2 is told, and what to call once it says that the dump is saved."""
+
+    arguments: tuple[str, ...]  # of `crashkernel capture`
+    token: str  # what the receiver wants to be shown, "" if there is none
+    collect: Callable[[], SavedDump]
+    """:raise VerificationError: there is no whole dump."""
+
+
+@contextlib.asynccontextmanager
+async def arrival(saving: Saving, disk: Path, directory: Path) -> AsyncIterator[Arrival]:
+    """Make ready for a dump; `disk` is K2's. What is collected lies in `directory`.
+
+    :raise EnvironmentFault: the receiver does not start.
+    """
+    if saving.to == "disk":
+        yield Arrival(saving.arguments("/dev/vda"), "", lambda: from_disk(disk, directory))
+        return
+    token = secrets.token_hex(32)
+    received = directory / "received"
+    async with _receiver(received, token) as port:
+        arguments = (*saving.arguments(f"http://{_HOST}:{port}/"), f"--token-file={_SHOWN}")
+        yield Arrival(arguments, token, lambda: from_receiver(received, directory))
+
+
+@contextlib.asynccontextmanager
+async def _receiver(received: Path, token: str) -> AsyncIterator[int]:
+    """`crashkernel receive` on a port of its own choice, as a user would run it."""
+    received.mkdir()
+    token_file = received.with_name("token")
+    token_file.touch(0o600)
+    token_file.write_text(token + "\n")
+    command = ["receive", str(received), "--listen=127.0.0.1:0", f"--token-file={token_file}"]
+    process = await asyncio.create_subprocess_exec(
+        # should this process be killed outright, the receiver dies with it
+        "setpriv", "--pdeathsig", "KILL", sys.executable, "-m", "crashkernel", *command,
+        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        try:
+            async with asyncio.timeout(_START):
+                line = (await process.stdout.readline()).decode("utf-8", "replace").rstrip()
+        except TimeoutError:
+            line = f"nothing within {_START:.0f} s"
+        listening = re.search(r" on 127\.0\.0\.1:(\d+)", line)
+        if listening is None:
+            raise EnvironmentFault(f"the receiver did not start; it said: {line}")
+        reading = asyncio.create_task(process.stdout.read())  # or its pipe would fill
+        yield int(listening[1])
+        reading.cancel()
+    finally:
+        if process.returncode is None:
+            process.terminate()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_START):
+                    await process.wait()
+        if process.returncode is None:
+            process.kill()
+
+
+def from_receiver(received: Path, directory: Path) -> SavedDump:
+    """Take what the receiver stored, into `directory`.
+
+    :raise VerificationError: it has not exactly one whole dump.
+    """
+    names = sorted(str(path.relative_to(received)) for path in received.rglob("*") if path.is_file())
+    dumps = [name for name in names if name.endswith("/vmcore")]
+    beside = [str(Path(dumps[0]).with_name(name)) for name in (LOG, MANIFEST)] if len(dumps) == 1 else []
+    if sorted(dumps + beside) != [name for name in names if not name.startswith(".")]:
+        raise VerificationError(f"the receiver has not one dump with its log and manifest, but {', '.join(names) or 'nothing'}")
+    saved = SavedDump(directory / _DUMP, directory / LOG, directory / MANIFEST)
+    for name, path in zip((*dumps, *beside), (saved.dump, saved.log, saved.manifest), strict=True):
+        (received / name).replace(path)
+    return saved
 
 
 def from_disk(disk: Path, directory: Path) -> SavedDump:

@@ -190,13 +190,17 @@ _PYTHON_FILES = (
     r"usr/lib/python3\.11/.*\.py",
     r"usr/lib/python3\.11/lib-dynload/(_ctypes|_decimal|_json|_contextvars|_queue|_typing|mmap|resource|termios)\..*",
 )
-_UNUSED = (
+_UNUSED_IN_BOTH = (
     r"usr/lib/python3\.11/(test|unittest|idlelib|lib2to3|ensurepip|pydoc_data|distutils|sqlite3|tkinter|turtledemo"
-    r"|asyncio|concurrent|curses|dbm|email|http|multiprocessing|venv|wsgiref|xml|xmlrpc|zoneinfo)/.*",
-    # Nothing is read from the network, and the file system speaks UTF-8.
-    r"usr/lib/python3\.11/encodings/(?!(__init__|aliases|ascii|latin_1|utf_8)\.py).*",
+    r"|asyncio|curses|dbm|venv|wsgiref|xml|xmlrpc|zoneinfo)/.*",
     r"usr/lib/python3\.11/(_pydecimal|_pyio|antigravity|cgi|doctest|ftplib|imaplib|mailbox|nntplib|pdb|pickletools|pydoc"
     r"|smtpd|smtplib|tarfile|telnetlib|this|turtle|webbrowser)\.py",
+)
+_UNUSED = (
+    *_UNUSED_IN_BOTH,
+    r"usr/lib/python3\.11/(concurrent|email|http|multiprocessing)/.*",
+    # Nothing is read from the network, and the file system speaks UTF-8.
+    r"usr/lib/python3\.11/encodings/(?!(__init__|aliases|ascii|latin_1|utf_8)\.py).*",
 )
 
 # And for `crashkernel capture`: numpy as far as `import numpy` goes, which is all of its subpackages but these. Debian's BLAS
@@ -209,13 +213,12 @@ _CAPTURE_FILES = (
     r"usr/lib/python3/dist-packages/(numpy|zstandard)/.*\.(py|so)",
 )
 _CAPTURE_UNUSED = (
-    r"usr/lib/python3\.11/(test|unittest|idlelib|lib2to3|ensurepip|pydoc_data|distutils|sqlite3|tkinter|turtledemo"
-    r"|asyncio|curses|dbm|venv|wsgiref|xml|xmlrpc|zoneinfo)/.*",
-    *_UNUSED[1:],
-    r"usr/lib/python3\.11/(statistics|optparse|plistlib|pstats|profile|cProfile|trace|tabnanny|zipapp|zipfile|mailcap|pipes"
-    r"|pyclbr|sched|shelve|sndhdr|sunau|wave|aifc|uu|xdrlib|turtle|cgitb|chunk|code|codeop|colorsys|crypt|fileinput|getopt"
-    r"|imghdr|lib2to3|modulefinder|netrc|nturl2path|poplib|py_compile|sre_.*|symtable|timeit|tracemalloc|uuid|filecmp)\.py",
-    r"usr/lib/python3\.11/(lib-dynload/_decimal\..*|tomllib/.*|wsgiref/.*)",
+    *_UNUSED_IN_BOTH,
+    r"usr/lib/python3\.11/encodings/(?!(__init__|aliases|ascii|idna|latin_1|utf_8)\.py).*",
+    r"usr/lib/python3\.11/(aifc|cProfile|cgitb|chunk|code|codeop|colorsys|crypt|filecmp|fileinput|getopt|imghdr|mailcap"
+    r"|modulefinder|netrc|nturl2path|optparse|pipes|plistlib|poplib|profile|pstats|py_compile|pyclbr|sched|shelve|sndhdr"
+    r"|statistics|sunau|symtable|tabnanny|timeit|trace|tracemalloc|uu|uuid|wave|xdrlib|zipapp|zipfile)\.py",
+    r"usr/lib/python3\.11/(lib-dynload/_decimal\..*|tomllib/.*)",
     r"usr/lib/python3/dist-packages/numpy/(.*/)?(tests|distutils|f2py|testing|_pyinstaller|array_api|doc)/.*",
     r"usr/lib/python3/dist-packages/numpy/(.*/)?(setup|conftest)\.py",
     r"usr/lib/python3/dist-packages/numpy/core/_(simd|umath_tests|rational_tests|operand_flag_tests|struct_ufunc_tests)\..*",

@@ -70,14 +70,21 @@ _POWERNV_DEVICES = (
     "isa-ipmi-bt,bmc=bmc0,irq=10",
 )
 
+_PSERIES_NETWORK = "virtio-net-pci,netdev=net"
+_POWERNV_NETWORK = "virtio-net-pci,netdev=net,bus=pcie.0,addr=0.2"
 
-def qemu_command(twin: Twin, kernel: Path, initrd: Path, wiring: Wiring, *, qemu: str = QEMU) -> list[str]:
-    """QEMU's arguments for `twin`."""
+
+def qemu_command(
+    twin: Twin, kernel: Path, initrd: Path, wiring: Wiring, *, network: bool = False, qemu: str = QEMU
+) -> list[str]:
+    """QEMU's arguments for `twin`; with `network` it has a card from which the host's loopback is reached."""
     machine: str = twin.machine
     if machine == "pseries":
         # The mitigations that TCG cannot emulate; a guest would only be told that it is vulnerable.
         machine += ",cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-htm=off"
-    devices = _PSERIES_DEVICES if twin.machine == "pseries" else _POWERNV_DEVICES
+    devices: tuple[str, ...] = _PSERIES_DEVICES if twin.machine == "pseries" else _POWERNV_DEVICES
+    if network:
+        devices += (_PSERIES_NETWORK if twin.machine == "pseries" else _POWERNV_NETWORK,)
     sockets = [
         argument
         for name in ("console", "control", "qmp")
@@ -94,6 +101,7 @@ def qemu_command(twin: Twin, kernel: Path, initrd: Path, wiring: Wiring, *, qemu
         "-chardev", f"socket,id=gdb,path={wiring.socket('gdb')},server=on,wait=off",
         "-gdb", "chardev:gdb",
         "-serial", "chardev:console", "-mon", "chardev=qmp,mode=control",
+        *(("-netdev", "user,id=net") if network else ()),
         *(argument for device in devices for argument in ("-device", device)),
         "-blockdev", f"driver=file,node-name=disk,filename={wiring.disk}",
         "-kernel", str(kernel), "-initrd", str(initrd), "-append", twin.kernel_options,

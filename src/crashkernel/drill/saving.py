@@ -28,9 +28,9 @@ class Saving:
                 hint="1 drops pages of zeros, 2 page cache, 4 the same with private data, 8 user data, 16 free pages: add up",
             )
 
-    def arguments(self) -> tuple[str, ...]:
+    def arguments(self, target: str) -> tuple[str, ...]:
         """What `crashkernel capture` is given behind the vmcore."""
-        return f"--level={self.level}", f"--codec={self.codec}", "--to=/dev/vda"
+        return f"--level={self.level}", f"--codec={self.codec}", f"--to={target}"
 
     @property
     def title(self) -> str:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from crashkernel.drill.arrival import BLANK, LOG, MANIFEST, from_disk
+from crashkernel.drill.arrival import BLANK, LOG, MANIFEST, Arrival, arrival
 from crashkernel.drill.dma import (
     REGIONS,
     Dma,
@@ -74,7 +74,7 @@ COPY_TRUTH = Stage("truth", 120, "the host could not copy the twin's memory: is 
 HANDOVER = Stage("handover", 120, "the purgatory did not reach K2's first instruction: its last line on the console says where")
 DAMAGE = Stage("damage", 120, "the purgatory said nothing of the flipped bit")
 BOOT_K2 = Stage("K2 boot", 300, "K2 started but did not come up: too little memory in crashkernel=, or a wrong device tree")
-CAPTURE = Stage("capture", 900, "K2 could not save /proc/vmcore to its disk")
+CAPTURE = Stage("capture", 900, "K2 could not save /proc/vmcore")
 VERIFY = Stage("verify", 600, "")
 DESCRIBE = Stage("describe", 180, "the command's own message says what to change")
 
@@ -164,7 +164,7 @@ class _Clock:
         console = tuple(machine.console) if machine else ()
         if stage is HANDOVER:  # what the purgatory found is the reason for all else
             message = _damage_told(console) or message
-        return StageFailed(stage.name, message, console=console, hint=_likely(stage, console))
+        return StageFailed(stage.name, message, console=console, hint=_likely(stage, (*console, message)))
 
 
 class _GuestSaidNo(Exception):
@@ -186,7 +186,7 @@ def run_drill(scenario: Scenario, userland: Userland, tell: Listener) -> Outcome
     start = time.monotonic()
     with working_directory(scenario.twin.memory) as directory:
         try:
-            asyncio.run(_drill(scenario, userland, Wiring(directory), outcome, tell))
+            asyncio.run(_arrange(scenario, userland, Wiring(directory), outcome, tell))
         except StageFailed as failure:
             outcome.failure = failure
         outcome.seconds = round(time.monotonic() - start, 3)
@@ -197,13 +197,27 @@ def run_drill(scenario: Scenario, userland: Userland, tell: Listener) -> Outcome
     return outcome
 
 
-async def _drill(scenario: Scenario, userland: Userland, wiring: Wiring, outcome: Outcome, tell: Listener) -> None:
+async def _arrange(scenario: Scenario, userland: Userland, wiring: Wiring, outcome: Outcome, tell: Listener) -> None:
+    """Drill, with somebody to receive the dump where that is wanted."""
+    if scenario.saving is None:
+        await _drill(scenario, userland, wiring, outcome, tell, None)
+        return
+    async with arrival(scenario.saving, wiring.disk, wiring.directory) as arriving:
+        await _drill(scenario, userland, wiring, outcome, tell, arriving)
+
+
+async def _drill(
+    scenario: Scenario, userland: Userland, wiring: Wiring, outcome: Outcome, tell: Listener, arriving: Arrival | None
+) -> None:
     clock = _Clock(outcome, tell)
     nonce = secrets.token_bytes(NONCE_SIZE)
-    initrd = _build(scenario, userland, wiring, nonce, "crashkernel")
-    command = qemu_command(scenario.twin, scenario.k1.vmlinux, initrd, wiring)
-    blank = BLANK if scenario.saving else 0
-    async with _prepared(wiring, scenario.twin, blank) as disk_filled, RunningTwin.start(command, wiring) as machine:
+    initrd = _build(scenario, userland, wiring, nonce, "crashkernel", arriving)
+    network = scenario.saving is not None and scenario.saving.to == "network"
+    command = qemu_command(scenario.twin, scenario.k1.vmlinux, initrd, wiring, network=network)
+    async with (
+        _prepared(wiring, scenario.twin, BLANK if arriving else 0) as disk_filled,
+        RunningTwin.start(command, wiring) as machine,
+    ):
         async with clock.stage(BOOT_K1, machine):
             await _expect(machine, "k1-up")
         async with clock.stage(LOAD, machine) as note:
@@ -255,16 +269,16 @@ async def _drill(scenario: Scenario, userland: Userland, wiring: Wiring, outcome
         )
         (wiring.directory / EVIDENCE).write_text(evidence_json(truth, scenario.saving))
     async with clock.stage(VERIFY):
-        if scenario.saving is None:
+        if scenario.saving is None or arriving is None:
             os.truncate(wiring.disk, size)
             outcome.verdict = await asyncio.to_thread(judge, wiring.disk, truth, plan)
         else:
-            outcome.verdict = await asyncio.to_thread(_judge_saved, wiring, scenario.saving, truth, plan)
+            outcome.verdict = await asyncio.to_thread(_judge_saved, arriving, scenario.saving, truth, plan)
 
 
-def _judge_saved(wiring: Wiring, saving: Saving, truth: Truth, plan: LoadPlan) -> Verdict:
+def _judge_saved(arriving: Arrival, saving: Saving, truth: Truth, plan: LoadPlan) -> Verdict:
     try:
-        saved = from_disk(wiring.disk, wiring.directory)
+        saved = arriving.collect()
     except VerificationError as error:
         verdict = begin_verdict(truth, plan)
         verdict.problems.append(error.message)
@@ -407,12 +421,12 @@ async def _bare(scenario: Scenario, userland: Userland, wiring: Wiring, outcome:
             await machine.quit()
 
 
-def _build(scenario: Scenario, userland: Userland, wiring: Wiring, nonce: bytes, loader: Loader) -> Path:
+def _build(
+    scenario: Scenario, userland: Userland, wiring: Wiring, nonce: bytes, loader: Loader, arriving: Arrival | None = None
+) -> Path:
     directory = wiring.directory
-    saving = scenario.saving
-    capture = build_capture_image(
-        scenario.k2, userland, directory / "capture.cpio", capture_args=saving.arguments() if saving else ()
-    )
+    arguments, token = (arriving.arguments, arriving.token) if arriving else ((), "")
+    capture = build_capture_image(scenario.k2, userland, directory / "capture.cpio", capture_args=arguments, token=token)
     cmdline = CAPTURE_CMDLINE + ("" if scenario.all_cpus else _ONE_CPU)
     append = cmdline + (" crashkernel.mode=bare" if loader == "kexec-tools" else "")
     return build_crash_image(
@@ -742,6 +756,10 @@ def _likely(stage: Stage, console: tuple[str, ...]) -> str:
         ("Crash kernel can not overlap current kernel", "crashkernel=…@OFFSET lies over K1: choose a higher offset"),
         ("Out of memory", "K2 ran out of memory: raise crashkernel="),
         ("ailed to allocate", "K2 found no memory early in its boot: raise crashkernel="),
+        (
+            "Illegal instruction",
+            "QEMU up to 8.0 refuses what a real POWER8 runs (mffsl, in Debian's C library): use another --cpu",
+        ),
         ("Unable to handle kernel", "the kernel took a fault: see the console's last lines"),
     ):
         if sign in text:
