@@ -6,6 +6,7 @@
 #   make matrix   every supported machine and kernel (10 to 20 minutes); writes the README's table
 #   make bench    a drill against the two boots it contains
 #   make bench-purgatory  the purgatory alone, on thousands of generated plans (a minute or two)
+#   make bench-capture  capture beside makedumpfile, on a real vmcore (half an hour)
 #   make big-endian  a big-endian kernel for drills, built from source (docs/big-endian.md)
 #   make wheel    the distributable package, in dist/
 #   make purgatory  assemble the purgatory after a change of purgatory.S
@@ -26,7 +27,7 @@ endef
 need = $(call wanted,command -v $(1) >/dev/null,$(2))
 need_library = $(call wanted,/sbin/ldconfig -p | grep -qF '$(1)',$(2))
 
-.PHONY: setup qemu binutils codecs drill test check matrix bench bench-purgatory big-endian wheel purgatory clean
+.PHONY: setup qemu binutils codecs drill test check matrix bench bench-purgatory bench-capture big-endian wheel purgatory clean
 
 setup: $(VENV)/.ready
 
@@ -75,6 +76,12 @@ bench: setup qemu
 
 bench-purgatory: setup qemu
 	$(BIN)/crashkernel bench purgatory
+
+bench-capture: setup codecs
+	$(call need,qemu-system-x86_64,qemu-system-x86)
+	$(call wanted,PATH=$$PATH:/sbin:/usr/sbin command -v mke2fs >/dev/null,e2fsprogs)
+	$(call need_library,libzstd.so.1,libzstd1)
+	$(BIN)/crashkernel bench capture
 
 big-endian: setup
 	$(call need,powerpc64-linux-gnu-gcc,gcc-powerpc64-linux-gnu libc6-dev-ppc64-cross)

@@ -17,8 +17,8 @@ from crashkernel.errors import EnvironmentFault
 
 Architecture = Literal["amd64", "ppc64el"]
 
-STABLE = "bookworm"
-NEWEST = "sid"
+SUITES = ("bookworm", "sid")
+"""Debian's releases, the newest last."""
 
 _LINKERS: dict[Architecture, tuple[str, str, str]] = {
     # dynamic linker, directory of the libraries, emulator: of the host's own architecture it is not needed
@@ -56,6 +56,15 @@ def provide(
     command = _command(tree, architecture)
     version, codecs = _about(command)
     return Makedumpfile(version, codecs, command)
+
+
+def installed() -> Makedumpfile | None:
+    """The host's own, if it has one: other distributions build it with codecs that Debian leaves out."""
+    path = shutil.which("makedumpfile")
+    if path is None:
+        return None
+    version, codecs = _about((path,))
+    return Makedumpfile(f"{version} ({path})", codecs, (path,))
 
 
 def _command(tree: Path, architecture: Architecture) -> tuple[str, ...]:

@@ -1,10 +1,14 @@
-"""bench: what is measured, and the purgatory alone on thousands of plans. With QEMU and this package's `drill` extra."""
+"""bench: what is measured, the purgatory alone on thousands of plans, and capture beside makedumpfile.
+
+With QEMU and this package's `drill` extra.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import random
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +21,13 @@ from crashkernel.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from crashkernel.bench.capture import Results, Speed
+    from crashkernel.bench.contest import Ratio
     from crashkernel.bench.plans import CaseName
     from crashkernel.bench.series import Result, Series
 
 _DEFAULT_CASES = 100
+_DEFAULT_ROUNDS, _QUICK_ROUNDS = 5, 2
 
 _PURGATORY_EPILOG = """examples:
   crashkernel bench purgatory                          about a minute
@@ -32,6 +39,19 @@ emulated CPUs: entered as K1 enters them, in both byte orders (the 970fx is big-
 instruction. All of memory, K2's registers and the other CPUs are held against a model.
 
 exit status: 0 every case passed, 1 one failed, 2 usage, 3 this machine lacks something
+"""
+
+_CAPTURE_EPILOG = """examples:
+  crashkernel bench capture                half an hour, and a minute more the first time
+  crashkernel bench capture --quick        some minutes
+  crashkernel bench capture --runs 9 --json capture.json
+
+On a real vmcore of 4 GiB, made once (a Debian kernel that dies in QEMU), whole processes in turn: our capture and Debian's
+makedumpfile, its stable and its newest build, for each codec. makedumpfile's best setting is looked for first. Then the pages
+both select at every level, and every byte of every kept page, are held against each other and the vmcore; at last one pass of
+both filters over a machine of 64 and one of 256 GiB, which are sparse files.
+
+exit status: 0 measured, and selections and bytes are right, 1 some are not, 2 usage, 3 this machine lacks something
 """
 
 
@@ -72,6 +92,22 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     purgatory.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     purgatory.set_defaults(run=_purgatory)
     faults.add_benches(benches)
+    capture = add_command(
+        benches,
+        "capture",
+        "capture beside makedumpfile: pages, bytes, time, memory",
+        _CAPTURE_EPILOG,
+        description="Measure capture beside Debian's makedumpfile on one real vmcore, and hold what both write against it.",
+    )
+    capture.add_argument(
+        "--runs",
+        type=int,
+        metavar="N",
+        help=f"rounds of each contest (default: {_DEFAULT_ROUNDS}, with --quick {_QUICK_ROUNDS})",
+    )
+    capture.add_argument("--quick", action="store_true", help="some levels only, and no dumps of everything")
+    capture.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    capture.set_defaults(run=_capture)
 
 
 def _purgatory(arguments: argparse.Namespace) -> int:
@@ -163,4 +199,124 @@ def _table(series: Series) -> Any:
         order = "LE" if cell.little else "BE"
         figures = (str(len(cell.results)), str(cell.passed), f"{cell.milliseconds:.1f}")
         table.add_row(cell.cpu, order, cell.kind, *figures, style=style)
+    return table
+
+
+# ------------------------------------------------------------------------------------------------------------- capture
+
+
+def _capture(arguments: argparse.Namespace) -> int:
+    twin.require_extra("numpy", "rich", "qemu.qmp")
+    from rich.console import Console  # noqa: PLC0415
+
+    from crashkernel.bench.capture import Bench  # noqa: PLC0415
+
+    runs = arguments.runs if arguments.runs is not None else _QUICK_ROUNDS if arguments.quick else _DEFAULT_ROUNDS
+    if runs < 1:
+        raise UsageError("--runs must be at least 1")
+    if arguments.json is not None:
+        twin.require_writable(arguments.json)
+    console = Console(highlight=False, soft_wrap=True)
+    with twin.terminable(), console.status("preparing") as status:
+
+        def tell(message: str) -> None:
+            if console.is_terminal:
+                status.update(message)
+            else:
+                print(message, file=sys.stderr, flush=True)
+
+        bench = Bench(runs, quick=arguments.quick, progress=tell)
+
+        def keep() -> None:
+            # after each part: the bench is long, and what was measured is worth having if it is interrupted
+            if arguments.json is not None:
+                arguments.json.write_text(json.dumps(bench.results.record(), indent=1) + "\n")
+
+        bench.run(keep)
+    _show_capture(bench.results, console)
+    return 0 if bench.results.right else 1
+
+
+def _show_capture(results: Results, console: Console) -> None:
+    console.print(f"{results.vmcore}; makedumpfile {', '.join(results.programs)}")
+    console.print(_speeds(results))
+    for speed in results.speeds:
+        console.print(f"{speed.codec}: {_trials(speed)}", markup=False)
+    for codec in results.unmatched:
+        console.print(f"{codec}: no makedumpfile here has it; one on PATH that has would be measured")
+    console.print(_memories(results))
+    wrong = [each for each in results.selections if not each.comparison.same]
+    console.print(
+        f"selection: the same page for page in {len(results.selections) - len(wrong)} of {len(results.selections)} dumps"
+    )
+    for selection in wrong:
+        pages = ", ".join(f"{pfn:#x}" for pfn in selection.comparison.examples)
+        console.print(f"  level {selection.level}, makedumpfile {selection.program}: {pages} …", style="bold red")
+    bad = [each for each in results.bytes if each.wrong]
+    count = sum(each.pages for each in results.bytes)
+    console.print(f"bytes: right in {len(results.bytes) - len(bad)} of {len(results.bytes)} dumps, {count:,} pages")
+    for dump in bad:
+        console.print(f"  {dump.name}, level {dump.level}: {', '.join(hex(pfn) for pfn in dump.wrong)} …", style="bold red")
+    for each in results.filters:
+        console.print(
+            f"filter, {each.memory >> 30} GiB: {_ratio(each.ratio)} of {each.program}, "
+            f"{each.ours.median:.2f} s against {each.theirs.median:.2f} s; peak {each.peak.total / (1 << 20):.0f} MiB"
+        )
+
+
+def _ratio(ratio: Ratio) -> str:
+    return f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
+
+
+def _speeds(results: Results) -> Any:
+    from rich.table import Table  # noqa: PLC0415
+
+    from crashkernel.bench.capture import EFFICIENCY_GOAL, WORKERS, goal  # noqa: PLC0415
+
+    table = Table()
+    for title in ("codec", "workers", "against"):
+        table.add_column(title)
+    for title in ("time", "goal", "CPU time", "seconds", "theirs", "efficiency", "size"):
+        table.add_column(title, justify="right")
+    for speed in results.speeds:
+        mine, theirs = speed.sizes
+        for workers in WORKERS:
+            ratio, wanted = speed.ratio(workers), goal(speed.codec, workers)
+            efficiency = speed.efficiency.median if workers > 1 else None
+            missed = wanted is not None and ratio.median > wanted
+            slack = efficiency is not None and wanted is not None and efficiency < EFFICIENCY_GOAL
+            table.add_row(
+                speed.codec,
+                str(workers),
+                speed.opponent(workers).split(",")[0] + ("" if workers == 1 else ", best setting"),
+                _ratio(ratio),
+                "" if wanted is None else f"{wanted:.2f}",
+                f"{speed.cpu_ratio(workers).median:.2f}",
+                f"{speed.rounds.seconds(speed.names[workers]).median:.2f}",
+                f"{speed.rounds.seconds(speed.opponent(workers)).median:.2f}",
+                "" if efficiency is None else f"{efficiency:.2f}",
+                f"{mine / 1e6:.1f} MB, {mine / theirs - 1:+.1%}",
+                style="yellow" if missed or slack else "",
+            )
+    return table
+
+
+def _trials(speed: Speed) -> str:
+    """What makedumpfile took with each setting."""
+    parts = []
+    for trial in speed.trials:
+        setting = f"{trial.threads} threads" if trial.threads else "no threads"
+        parts.append(f"{trial.program} {setting} {'too slow' if trial.seconds is None else f'{trial.seconds:.2f} s'}")
+    return "; ".join(parts)
+
+
+def _memories(results: Results) -> Any:
+    from rich.table import Table  # noqa: PLC0415
+
+    table = Table()
+    table.add_column("peak memory, MiB")
+    for title in ("with children", "without files"):
+        table.add_column(title, justify="right")
+    for each in results.memory:
+        table.add_row(each.name, f"{each.peak.total / (1 << 20):.0f}", f"{each.peak.own / (1 << 20):.0f}")
     return table

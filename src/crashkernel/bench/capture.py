@@ -1,0 +1,411 @@
+"""`capture` beside makedumpfile, on one real vmcore: the same pages, the same bytes, the time and the memory both take.
+
+makedumpfile is Debian's, of its stable and of its newest release, and the host's own for a codec that Debian leaves out (snappy).
+Whole processes are measured, as users run them; the vmcore is in the page cache, and the dump goes to memory. For each codec the
+first runs find out what makedumpfile's best is: which build, and with how many threads. Against that our runs are held, in turn.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from crashkernel.bench import bigcore, contest, dumps, makedumpfile, vmcore
+from crashkernel.bench.contest import Contender, Measure, Peak, Ratio, Rounds, TooSlow
+from crashkernel.bench.makedumpfile import Makedumpfile
+from crashkernel.drill.debian import Progress, default_cache, silent
+
+CODECS = ("zstd", "lzo", "snappy", "zlib", "none")
+WORKERS = (1, 2)
+THREADS = (1, 2)
+LEVEL = 31
+LEVELS = tuple(range(32))
+QUICK_LEVELS = (0, 1, 2, 4, 8, 16, 23, 31)
+SELECTION_CODEC = "lzo"  # the fastest that both sides have
+BIG = (64 << 30, 256 << 30)
+"""Bytes of the machines the filter is measured on."""
+
+_FLAGS = {"zlib": ("-c",), "lzo": ("-l",), "snappy": ("-p",), "zstd": ("-z",), "none": ()}
+_DEADLINE = 600.0  # seconds for one run
+_HOPELESS = 3  # times makedumpfile's own time without threads; what takes longer with them is not its best setting
+_LEAST = 5.0  # seconds that a run with threads has in any case
+_FILTERED = "STEP [Excluding unnecessary pages]"  # said at the end of makedumpfile's filter, message level 16
+_FILTERED_LEVEL = "16"
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """At most `ratio` of makedumpfile's time."""
+
+    codec: str
+    workers: int
+    ratio: float
+
+
+GOALS = (
+    Goal("zstd", 1, 1.0), Goal("lzo", 1, 1.1), Goal("snappy", 1, 1.1), Goal("zlib", 1, 0.55),
+    Goal("zstd", 2, 0.55), Goal("lzo", 2, 0.65), Goal("zlib", 2, 0.3),
+)  # fmt: skip
+EFFICIENCY_GOAL = 0.9
+SIZE_GOAL = 0.02  # by which a zlib dump may be larger
+
+
+def goal(codec: str, workers: int) -> float | None:
+    """The ratio that is to be reached, where there is one."""
+    return next((each.ratio for each in GOALS if (each.codec, each.workers) == (codec, workers)), None)
+
+
+# ------------------------------------------------------------------------------------------------------------ contenders
+
+
+def our_command() -> tuple[str, ...]:
+    """The installed command, as users run it; the module where none lies beside this Python."""
+    script = Path(sys.executable).with_name("crashkernel")
+    return (str(script),) if script.is_file() else (sys.executable, "-m", "crashkernel")
+
+
+def ours(core: Path, codec: str, workers: int, level: int = LEVEL) -> Contender:
+    """Our capture."""
+
+    def command(output: Path) -> Sequence[str]:
+        options = ("--level", str(level), "--codec", codec, "--workers", str(workers), "--to", str(output))
+        return (*our_command(), "capture", str(core), *options)
+
+    return Contender(f"crashkernel, {codec}, {workers} worker{'s' if workers > 1 else ''}", command)
+
+
+def theirs(program: Makedumpfile, core: Path, codec: str, threads: int = 0, level: int = LEVEL) -> Contender:
+    """A makedumpfile; without ``--num-threads`` if there are no `threads`."""
+
+    def command(output: Path) -> Sequence[str]:
+        options = ("--num-threads", str(threads)) if threads else ()
+        return (*program.command, *_FLAGS[codec], "-d", str(level), *options, str(core), str(output))
+
+    return Contender(f"{program}, {codec}{f', {threads} threads' if threads else ''}", command)
+
+
+def _lacking(programs: Sequence[Makedumpfile]) -> list[str]:
+    """Codecs that none of them has."""
+    return [codec for codec in CODECS if not any(codec in each.codecs for each in programs)]
+
+
+# --------------------------------------------------------------------------------------------------------------- results
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One run of a makedumpfile with a setting; `seconds` is None if it was hopeless."""
+
+    program: str
+    threads: int
+    seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """One codec: `plain` is makedumpfile without threads, `best` its best setting, both of the fastest build."""
+
+    codec: str
+    rounds: Rounds
+    trials: tuple[Trial, ...]
+    plain: str
+    best: str
+    names: Mapping[int, str]  # of ours, by the number of workers
+
+    def ratio(self, workers: int) -> Ratio:
+        """Our time as a part of makedumpfile's: of plain with one worker, of its best with two."""
+        return self.rounds.ratio(self.names[workers], self.opponent(workers))
+
+    def cpu_ratio(self, workers: int) -> Ratio:
+        """The same of processor time."""
+        return self.rounds.cpu_ratio(self.names[workers], self.opponent(workers))
+
+    def opponent(self, workers: int) -> str:
+        """Which of makedumpfile's runs ours is held against."""
+        return self.plain if workers == 1 else self.best
+
+    @property
+    def efficiency(self) -> Ratio:
+        """Time of one worker, by twice the time of two."""
+        return self.rounds.efficiency(self.names[1], self.names[2], 2)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Bytes of our dump and of makedumpfile's."""
+        return self.rounds.size(self.names[1]), self.rounds.size(self.plain)
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Peak memory of a program."""
+
+    name: str
+    peak: Peak
+
+
+@dataclass(frozen=True, slots=True)
+class SelectionCheck:
+    """Both selections at one level, and how many pages they keep."""
+
+    level: int
+    program: str
+    kept: int
+    comparison: dumps.Comparison
+
+
+@dataclass(frozen=True, slots=True)
+class BytesCheck:
+    """Every page of a dump held against the vmcore: `wrong` are the first few page frames that differ."""
+
+    name: str
+    level: int
+    pages: int
+    wrong: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FilterSpeed:
+    """One pass of the filter over a machine of `memory` bytes; `peak` is ours."""
+
+    memory: int
+    program: str
+    ratio: Ratio
+    ours: Ratio
+    theirs: Ratio
+    peak: Peak
+
+
+@dataclass(slots=True)
+class Results:
+    """What was found so far."""
+
+    vmcore: str = ""
+    programs: tuple[str, ...] = ()
+    speeds: list[Speed] = field(default_factory=list)
+    memory: list[Memory] = field(default_factory=list)
+    selections: list[SelectionCheck] = field(default_factory=list)
+    bytes: list[BytesCheck] = field(default_factory=list)
+    filters: list[FilterSpeed] = field(default_factory=list)
+
+    @property
+    def unmatched(self) -> tuple[str, ...]:
+        """Codecs that no makedumpfile here has."""
+        return tuple(codec for codec in CODECS if codec not in {each.codec for each in self.speeds})
+
+    @property
+    def right(self) -> bool:
+        """Whether every selection and every byte is as it should be."""
+        return all(each.comparison.same for each in self.selections) and not any(each.wrong for each in self.bytes)
+
+    def record(self) -> dict[str, object]:
+        """As JSON has it; times in seconds, sizes in bytes."""
+        return {
+            "vmcore": self.vmcore,
+            "makedumpfile": self.programs,
+            "speeds": [_speed_record(each) for each in self.speeds],
+            "memory": [asdict(each) for each in self.memory],
+            "selections": [asdict(each) for each in self.selections],
+            "bytes": [asdict(each) for each in self.bytes],
+            "filters": [asdict(each) for each in self.filters],
+        }
+
+
+def _speed_record(speed: Speed) -> dict[str, object]:
+    return {
+        "codec": speed.codec,
+        "plain": speed.plain,
+        "best": speed.best,
+        "trials": [asdict(each) for each in speed.trials],
+        "rounds": {name: [asdict(each) for each in measures] for name, measures in speed.rounds.measures.items()},
+        "ratios": {workers: asdict(speed.ratio(workers)) for workers in WORKERS},
+        "cpu_ratios": {workers: asdict(speed.cpu_ratio(workers)) for workers in WORKERS},
+        "goals": {workers: goal(speed.codec, workers) for workers in WORKERS},
+        "efficiency": asdict(speed.efficiency),
+        "sizes": speed.sizes,
+    }
+
+
+# --------------------------------------------------------------------------------------------------------------- the bench
+
+
+class Bench:
+    """All of it, a part after the other; `results` grow. `done` is called after each part of them.
+
+    :raise EnvironmentFault: QEMU, a package, memory or a makedumpfile is missing, or one of the programs failed.
+    """
+
+    def __init__(self, runs: int, *, quick: bool = False, cache: Path | None = None, progress: Progress = silent) -> None:
+        self._runs, self._quick, self._progress = runs, quick, progress
+        self._cache = cache or default_cache()
+        self._core = vmcore.provide(cache=self._cache, progress=progress)
+        self._programs = self._find_programs()
+        self.results = Results(str(self._core), tuple(map(str, self._programs)))
+
+    def _find_programs(self) -> tuple[Makedumpfile, ...]:
+        """Debian's; the host's own, last, if it has what they lack."""
+        found = [makedumpfile.provide(suite, "amd64", self._cache, self._progress) for suite in makedumpfile.SUITES]
+        own = makedumpfile.installed()
+        return (*found, own) if own is not None and any(codec in own.codecs for codec in _lacking(found)) else tuple(found)
+
+    def _with(self, codec: str) -> list[Makedumpfile]:
+        """Those that have a codec; the host's own only where Debian's have not."""
+        debian = self._programs[: len(makedumpfile.SUITES)]
+        return [each for each in debian if codec in each.codecs] or [each for each in self._programs if codec in each.codecs]
+
+    @property
+    def _newest(self) -> Makedumpfile:
+        """Debian's newest."""
+        return self._programs[len(makedumpfile.SUITES) - 1]
+
+    def run(self, done: Callable[[], None]) -> None:
+        """Measure and check."""
+        with self._scratch(self._core.stat().st_size) as scratch:
+            self._warm(self._core)
+            for codec in CODECS:
+                if programs := self._with(codec):
+                    self.results.speeds.append(self._speed(codec, programs, scratch))
+                    done()
+            self._memory(scratch)
+            done()
+            self._selections(scratch, done)
+            self._bytes(scratch, done)
+        for memory in BIG[: 1 if self._quick else None]:
+            self.results.filters.append(self._filter(memory))
+            done()
+
+    @contextmanager
+    def _scratch(self, core_size: int) -> Iterator[Path]:
+        """A directory in memory with room for two dumps of everything; on the disk of the cache where there is none."""
+        wanted = 2 * core_size
+        memory = Path("/dev/shm")  # noqa: S108
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        available = int(fields["MemAvailable"].split()[0]) << 10
+        place = memory
+        if not memory.is_dir() or min(shutil.disk_usage(memory).free, available) < wanted:
+            place = self._cache
+            self._progress(
+                f"less than {wanted >> 30} GiB of memory are free: dumps go to {place}, and times are the disk's too"
+            )
+        with tempfile.TemporaryDirectory(prefix="ck-bench-", dir=place) as directory:
+            yield Path(directory)
+
+    def _warm(self, path: Path) -> None:
+        """Have a file in the page cache, as far as there is memory."""
+        self._progress(f"reading {path}")
+        with path.open("rb") as file:
+            buffer = bytearray(1 << 22)
+            while file.readinto(buffer):
+                pass
+
+    # -- speed
+
+    def _speed(self, codec: str, programs: Sequence[Makedumpfile], scratch: Path) -> Speed:
+        trials: dict[tuple[Makedumpfile, int], float | None] = {}
+        for program in programs:
+            plain = self._try(theirs(program, self._core, codec), scratch, _DEADLINE)
+            trials[program, 0] = plain
+            for threads in THREADS:
+                limit = max(_LEAST, _HOPELESS * (plain or _DEADLINE))
+                trials[program, threads] = self._try(theirs(program, self._core, codec, threads), scratch, limit)
+        taken = {setting: seconds for setting, seconds in trials.items() if seconds is not None}
+        plain_setting = min((each for each in taken if not each[1]), key=taken.__getitem__)
+        best_setting = min(taken, key=taken.__getitem__)
+        plain_run, best_run = (
+            theirs(program, self._core, codec, threads) for program, threads in (plain_setting, best_setting)
+        )
+        mine = {workers: ours(self._core, codec, workers) for workers in WORKERS}
+        contenders = [mine[1], plain_run, mine[2], *([best_run] if best_run.name != plain_run.name else [])]
+        rounds = contest.hold(contenders, self._runs, lambda each: self._measure(each, scratch), self._progress)
+        listed = tuple(Trial(str(program), threads, seconds) for (program, threads), seconds in trials.items())
+        return Speed(codec, rounds, listed, plain_run.name, best_run.name, {number: each.name for number, each in mine.items()})
+
+    def _try(self, contender: Contender, scratch: Path, deadline: float) -> float | None:
+        self._progress(f"trying {contender.name}")
+        try:
+            return self._measure(contender, scratch, deadline).seconds
+        except TooSlow:
+            return None
+
+    @staticmethod
+    def _measure(contender: Contender, scratch: Path, deadline: float = _DEADLINE) -> Measure:
+        return contest.measure(contender, scratch, deadline)
+
+    # -- memory
+
+    def _memory(self, scratch: Path) -> None:
+        for codec in CODECS:
+            mine = [ours(self._core, codec, workers) for workers in WORKERS]
+            for contender in (*mine, *(theirs(program, self._core, codec) for program in self._with(codec)[-1:])):
+                self._progress(f"memory of {contender.name}")
+                self.results.memory.append(Memory(contender.name, contest.peak_memory(contender, scratch, _DEADLINE)))
+
+    # -- what is kept, and its bytes
+
+    def _selections(self, scratch: Path, done: Callable[[], None]) -> None:
+        for level in QUICK_LEVELS if self._quick else LEVELS:
+            self._progress(f"selection at level {level}")
+            with contest.output_of(ours(self._core, SELECTION_CODEC, 2, level), scratch, _DEADLINE) as mine:
+                # one after the other: two dumps of everything are what there is room for
+                for program in (*self._programs[:1], self._newest) if level in (0, LEVEL) else (self._newest,):
+                    other = theirs(program, self._core, SELECTION_CODEC, level=level)
+                    with contest.output_of(other, scratch, _DEADLINE) as their_dump:
+                        first, second = dumps.Dump(mine), dumps.Dump(their_dump)
+                        comparison = dumps.compare_selections(first, second)
+                        self.results.selections.append(SelectionCheck(level, str(program), int(first.kept.sum()), comparison))
+            done()
+
+    def _bytes(self, scratch: Path, done: Callable[[], None]) -> None:
+        memory = dumps.Memory(self._core)
+        for level in (LEVEL,) if self._quick else (LEVEL, 0):
+            for codec in CODECS:
+                contenders = [ours(self._core, codec, 2, level)]
+                if level == LEVEL or codec == SELECTION_CODEC:
+                    contenders += [theirs(program, self._core, codec, level=level) for program in self._with(codec)[-1:]]
+                for contender in contenders:
+                    self._progress(f"bytes of {contender.name}, level {level}")
+                    with contest.output_of(contender, scratch, _DEADLINE) as output:
+                        dump = dumps.Dump(output)
+                        wrong = tuple(dumps.wrong_pages(dump, memory))
+                        self.results.bytes.append(BytesCheck(contender.name, level, int(dump.kept.sum()), wrong))
+                    done()
+
+    # -- the filter
+
+    def _filter(self, memory: int) -> FilterSpeed:
+        """On the disk: makedumpfile maps the file, and in a tmpfs a hole that is read through a mapping takes memory."""
+        with tempfile.TemporaryDirectory(prefix=".big-", dir=self._cache) as directory:
+            big = Path(directory) / "vmcore"
+            self._progress(f"making a machine of {memory >> 30} GiB")
+            bigcore.grow(self._core, big, memory)
+            with big.open("rb") as file:
+                os.fsync(file.fileno())  # written back now, not while something is measured
+            command = (sys.executable, "-m", "crashkernel.bench.filterpass", str(big), str(LEVEL))
+            mine = Contender(f"our filter, {memory >> 30} GiB", lambda _output: command)
+            fastest, rounds = self._filter_rounds(mine, big, Path(directory))
+            peak = contest.peak_memory(mine, Path(directory), _DEADLINE)
+        return FilterSpeed(
+            memory, fastest, rounds.ratio(mine.name, fastest), rounds.seconds(mine.name), rounds.seconds(fastest), peak
+        )
+
+    def _filter_rounds(self, mine: Contender, big: Path, scratch: Path) -> tuple[str, Rounds]:
+        """All builds in turn with ours; the name of the fastest."""
+
+        def filtering(program: Makedumpfile) -> Contender:
+            options = ("--dry-run", "-l", "-d", str(LEVEL), "--message-level", _FILTERED_LEVEL)
+            return Contender(f"{program}'s filter", lambda output: (*program.command, *options, str(big), str(output)))
+
+        others = [filtering(program) for program in self._programs[: len(makedumpfile.SUITES)]]
+
+        def take(contender: Contender) -> Measure:
+            if contender is mine:
+                return contest.measure(contender, scratch, _DEADLINE)
+            return Measure(contest.seconds_to(contender.command(scratch / "none"), _FILTERED, _DEADLINE), 0.0, 0)
+
+        rounds = contest.hold([mine, *others], self._runs, take, self._progress)
+        return min((each.name for each in others), key=lambda name: rounds.seconds(name).median), rounds
