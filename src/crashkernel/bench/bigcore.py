@@ -229,7 +229,7 @@ class _Growth:
             raise FormatError("has five levels of page tables", source=str(original.path))
         self.frames = Frames(original.read)
         self._next_table = self.start
-        root = info.symbol("swapper_pg_dir") - _KERNEL_MAP + info.number("phys_base")
+        root = info.symbol("init_top_pgt") - _KERNEL_MAP + info.number("phys_base")
         self.tables = Tables(self.frames, root, self._new_table)
         self.section_numbers = range(self.start // section, (self.start + self.extra) // section)
         self.structs = self.start + _TABLES  # physical, of the new page structs

@@ -1,8 +1,9 @@
 """`capture` beside makedumpfile, on one real vmcore: the same pages, the same bytes, the time and the memory both take.
 
-makedumpfile is Debian's, of its stable and of its newest release, and the host's own for a codec that Debian leaves out (snappy).
-Whole processes are measured, as users run them; the vmcore is in the page cache, and the dump goes to memory. For each codec the
-first runs find out what makedumpfile's best is: which build, and with how many threads. Against that our runs are held, in turn.
+makedumpfile is Debian's, of its stable and of its newest release, and the host's own for a codec that Debian leaves out, such
+as snappy. Whole processes are measured, as users run them; the vmcore is in the page cache, and the dump goes to memory. For
+each codec the first runs find out what makedumpfile's best is: which build, and with how many threads. Against that our runs are
+held, in turn.
 """
 
 from __future__ import annotations
