@@ -1,0 +1,56 @@
+"""What a dump keeps: every page of K1 has a class, and the dump level says which classes are dropped.
+
+The dump level is makedumpfile's (`makedumpfile(8)`, option -d): a sum of 1 (pages of zeros), 2 (page cache), 4 (page cache
+with private data), 8 (user data) and 16 (free pages). Whether a page is all zeros is not known before it is read, so zero pages
+are no class here: the writer finds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+DL_ZERO, DL_CACHE, DL_CACHE_PRIVATE, DL_USER, DL_FREE = 1, 2, 4, 8, 16
+MAX_DUMP_LEVEL = 31
+
+
+class PageClass(IntEnum):
+    """Why a page is kept or not. Only `KEPT` pages are in the dump; `ABSENT` ones are no memory of K1's."""
+
+    KEPT = 0
+    CACHE = 1
+    CACHE_PRIVATE = 2
+    USER = 3
+    FREE = 4
+    POISONED = 5  # hardware-poisoned: reading it may kill K2, so it is dropped at every level
+    OFFLINE = 6  # logically offline (balloon, virtio-mem): dropped at every level that filters
+    ABSENT = 255
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive pages from page frame `pfn` on, with the `PageClass` of each as a byte."""
+
+    pfn: int
+    classes: NDArray[np.uint8]
+
+
+class Selection(Protocol):
+    """Which pages of a source go into a dump. Chunks come in ascending order, do not overlap, and cover every present page.
+
+    `chunks` can be called again and gives the same answer: a dump's page descriptors stand before its pages, so a writer
+    must know how many there are before it writes the first.
+    """
+
+    page_size: int  # bytes
+    max_pfn: int  # one more than the highest page frame number of the source
+    level: int  # the dump level that was applied, 0 to 31
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Yield all chunks; memory in use does not grow with the machine."""
+        ...
