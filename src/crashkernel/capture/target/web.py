@@ -13,17 +13,19 @@ import http.client
 import json
 import os
 import socket
-import ssl
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from crashkernel.capture.encryption import Encryption
 from crashkernel.capture.manifest import PIECE_SIZE, Manifest
 from crashkernel.capture.target.base import SLOWEST, Heartbeat, Saved, TargetFailed
 from crashkernel.capture.target.stream import StreamTarget
 from crashkernel.errors import CrashkernelError, UsageError
+
+if TYPE_CHECKING:
+    import ssl
 
 _TIMEOUT = 15.0  # seconds for a connection, and for each step of an answer
 _SHORTEST_TIMEOUT = 1.0
@@ -62,6 +64,8 @@ class WebTarget(StreamTarget):
         self._token = read_token(token_file)
         self._tls: ssl.SSLContext | None = None
         if tls:
+            import ssl  # noqa: PLC0415 - megabytes of libraries that a capture kernel without https need not have
+
             try:
                 self._tls = ssl.create_default_context(cafile=str(ca_file) if ca_file else None)
             except (OSError, ssl.SSLError) as error:
@@ -147,10 +151,10 @@ class WebTarget(StreamTarget):
                 reason = f"the receiver says: {answer.get('error') or f'status {status}'}"
                 if status not in _TRY_AGAIN:
                     raise TargetFailed(self.name, reason)
-            except ssl.SSLCertVerificationError as error:
-                reason = f"its certificate is not to be trusted: {error.verify_message}"
-                raise TargetFailed(self.name, reason, hint="name who signed it: --ca-file") from error
             except (OSError, http.client.HTTPException) as error:
+                if verdict := getattr(error, "verify_message", ""):  # ssl.SSLCertVerificationError, without ssl
+                    reason = f"its certificate is not to be trusted: {verdict}"
+                    raise TargetFailed(self.name, reason, hint="name who signed it: --ca-file") from error
                 reason = str(getattr(error, "strerror", None) or error) or type(error).__name__
             self._disconnect()
             if time.monotonic() + pause > deadline or self._stopped.wait(pause):
