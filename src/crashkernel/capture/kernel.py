@@ -111,10 +111,7 @@ class CrashedKernel:
 
     def spans(self, start: int, end: int) -> Iterator[Span]:
         """Yield where the virtual addresses [start, end) lie, ascending; what is not mapped is left out."""
-        mappings = self._mappings
-        if len(mappings) == 1:
-            return mappings[0].spans(start, end)
-        return merged(self._layered(mappings, start, end))
+        return merged(self._layered(self._mappings, start, end))
 
     def _layered(self, mappings: tuple[Mapping, ...], start: int, end: int) -> Iterator[Span]:
         """Ask the first mapping, and the others for what it leaves out."""
@@ -374,21 +371,28 @@ class CrashedKernel:
         """Yield where the structs of `count` page frames from `pfn` on lie, which are an array at `vaddr`."""
         memory = self.source.memory
         described = 0  # of the array, the structs before this one are yielded or doubted
-        for each in self.spans(vaddr, min(vaddr + count * struct_size, _ADDRESS_SPACE)):
-            at = each.vaddr - vaddr
+        held = Range(0, 1)  # memory of the dump that the last span was in, and the next is likely to be
+        for span_vaddr, span_paddr, span_size in self.spans(vaddr, min(vaddr + count * struct_size, _ADDRESS_SPACE)):
+            at = span_vaddr - vaddr
             # A struct across two spans that are no neighbours has no one place: it is left out with a doubt.
-            first, last = -(-at // struct_size), (at + each.size) // struct_size
-            if first >= last:
+            first, last = -(-at // struct_size), (at + span_size) // struct_size
+            start = span_paddr + first * struct_size - at
+            end = start + (last - first) * struct_size
+            if start >= end:
                 continue
-            start = each.paddr + first * struct_size - at
-            whole = Range(start, start + (last - first) * struct_size)
-            pieces = [whole] if memory.covers(whole) else list(RangeSet([whole]) & memory)
-            for piece in pieces:
+            if held.start <= start and end <= held.end:
+                if described < first:
+                    self._gap(pfn + described, pfn + first)
+                described = last
+                yield PageStructs(pfn + first, last - first, start)
+                continue
+            for piece in RangeSet([Range(start, end)]) & memory:
                 low, high = -(-(piece.start - start) // struct_size), (piece.end - start) // struct_size
                 if low < high:
                     self._gap(pfn + described, pfn + first + low)
                     described = first + high
                     yield PageStructs(pfn + first + low, high - low, start + low * struct_size)
+            held = next((each for each in memory if start in each), held)
         self._gap(pfn + described, pfn + count)
 
     def _gap(self, first: int, last: int) -> None:

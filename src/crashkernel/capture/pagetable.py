@@ -13,7 +13,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +25,12 @@ _ENTRY_SIZE = 8
 _PAGE_BITS = {0x1000: 12, 0x10000: 16}
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """`size` bytes at `vaddr` that lie at `paddr` on, in one piece."""
+class Span(NamedTuple):
+    """`size` bytes at `vaddr` that lie at `paddr` on, in one piece.
+
+    A tuple, unlike other records here: where huge pages share the pages that their page structs lie in
+    (CONFIG_HUGETLB_PAGE_OPTIMIZE_VMEMMAP) a terabyte has millions of spans.
+    """
 
     vaddr: int
     paddr: int
@@ -35,10 +38,10 @@ class Span:
 
 
 class Mapping(Protocol):
-    """What maps virtual addresses: `spans` are ascending, within [start, end), and leave out what is not mapped."""
+    """What maps virtual addresses. Spans are ascending, within what was asked for, and never empty."""
 
     def spans(self, start: int, end: int) -> Iterator[Span]:
-        """Yield where the virtual addresses [start, end) lie."""
+        """Yield where the virtual addresses [start, end) lie; what is not mapped is left out."""
         ...
 
 
@@ -116,9 +119,9 @@ class PageTable:
         self._end = min(layout.lowest + (1 << (self._shifts[0] + layout.levels[0])), 1 << 64)
 
     def spans(self, start: int, end: int) -> Iterator[Span]:
-        """Yield where the virtual addresses [start, end) lie."""
+        """Yield where the virtual addresses [start, end) lie; a span ends with the table that maps it."""
         start, end = max(start, self._lowest), min(end, self._end)
-        return merged(self._walk(0, self.root, start, end)) if start < end else iter(())
+        return self._walk(0, self.root, start, end) if start < end else iter(())
 
     def _walk(self, depth: int, table: int, start: int, end: int) -> Iterator[Span]:
         """Yield the spans of [start, end), all of which the table at `table` is for."""
@@ -200,14 +203,13 @@ class Blocks:
 
 def merged(spans: Iterable[Span]) -> Iterator[Span]:
     """Yield the same with neighbours that are consecutive in both address spaces made one."""
-    last: Span | None = None
+    vaddr = paddr = size = 0
     for each in spans:
-        if last is None:
-            last = each
-        elif last.vaddr + last.size == each.vaddr and last.paddr + last.size == each.paddr:
-            last = Span(last.vaddr, last.paddr, last.size + each.size)
-        else:
-            yield last
-            last = each
-    if last is not None:
-        yield last
+        if size and each.vaddr == vaddr + size and each.paddr == paddr + size:
+            size += each.size
+            continue
+        if size:
+            yield Span(vaddr, paddr, size)
+        vaddr, paddr, size = each
+    if size:
+        yield Span(vaddr, paddr, size)
