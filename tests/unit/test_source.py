@@ -158,7 +158,7 @@ def test_other_files_are_not_mapped(tmp_path, monkeypatch):
     st.lists(st.tuples(st.integers(0, 40), st.integers(0, 12), st.integers(0, 12)), max_size=8),
     st.lists(st.integers(0, 9), unique=True, max_size=10),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_any_layout_reads_as_a_plain_memory_would(tmp_path_factory, loads, wanted):
     """Segments in units of 0x500 bytes, so that hardly one begins or ends on a page."""
     unit = 0x500
