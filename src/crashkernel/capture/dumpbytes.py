@@ -25,11 +25,15 @@ _Numbers = NDArray[np.int64]
 
 
 class DumpBytes(Protocol):
-    """A dump's bytes, wherever they lie: `size` is where the last one ends, `stored` how many really are in a file."""
+    """A dump's bytes, wherever they lie: `size` is where the last one ends, `stored` how many of them really are in a file.
+
+    `file_size` is how much of a file all this takes.
+    """
 
     name: str
     size: int
     stored: int
+    file_size: int
     truncated: bool  # the stream that it came as is cut off
 
     def read(self, file_offset: int, size: int) -> bytes:
@@ -64,7 +68,7 @@ class PlainFile:
         except OSError:
             self.close()
             raise EnvironmentFault(f"{self.name} cannot be read at any place: a dump must be a file") from None
-        self.size = self.stored = max(min(end - start, end if size is None else size), 0)
+        self.size = self.stored = self.file_size = max(min(end - start, end if size is None else size), 0)
 
     def fileno(self) -> int:
         """Return the open file's descriptor."""
@@ -103,6 +107,7 @@ class FlattenedFile:
     def __init__(self, file: PlainFile) -> None:
         self.name = file.name
         self._file = file
+        self.file_size = file.size
         self.truncated = False
         try:
             self._index()

@@ -9,6 +9,7 @@ dumped before each block of some thousand. From that and one block of the bitmap
 
 from __future__ import annotations
 
+import os
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -561,6 +562,11 @@ def stored_pages(dump: Dump) -> Selection:
 def is_flattened(dump: Dump) -> bool:
     """Whether the file holds the dump as a flattened stream."""
     return isinstance(dump, KdumpFile | _ElfWithin) and isinstance(dump.data, FlattenedFile)
+
+
+def file_size(dump: Dump) -> int:
+    """Bytes that the dump takes where it lies."""
+    return dump.data.file_size if isinstance(dump, KdumpFile | _ElfWithin) else os.lseek(dump.fileno(), 0, os.SEEK_END)
 
 
 def cut_off(dump: Dump) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from crashkernel.capture.dmesg import panic_line, read_log
-from crashkernel.capture.dumpfile import Dump, KdumpFile, PageStatistics, cut_off, elf_flags, is_flattened, open_dump
+from crashkernel.capture.dumpfile import Dump, KdumpFile, PageStatistics, cut_off, elf_flags, file_size, is_flattened, open_dump
 from crashkernel.capture.identity import Identity
 from crashkernel.capture.kernel import CrashedKernel
 from crashkernel.capture.manifest import Manifest, digest_file, manifest_name
@@ -118,24 +118,26 @@ def inspect(dump: Dump, manifest: Manifest | None = None, tell: Tell = lambda *_
     names = dump.header.utsname if isinstance(dump, KdumpFile) else Utsname()
     try:
         kernel = CrashedKernel(dump)
-        if not isinstance(dump, KdumpFile):
-            names = Identity.of(kernel).utsname
-        log = read_log(kernel)
-        remarks += kernel.doubts
+        try:
+            if not isinstance(dump, KdumpFile):
+                names = Identity.of(kernel).utsname
+            log = read_log(kernel)
+        finally:
+            remarks += kernel.doubts
     except FormatError as error:
         remarks.append(f"its log cannot be read: {error}")
     pages = _statistics(dump, tell)
     task = crashed_task(log)
     time = dump.vmcoreinfo.get("CRASHTIME", "")
     completeness = _completeness(dump, pages, remarks)
-    if manifest is not None and manifest.size != _size(dump):
+    if manifest is not None and manifest.size != file_size(dump):
         remarks.append(f"its manifest says that it has {manifest.size:,} bytes")
-        completeness = "truncated" if manifest.size > _size(dump) else completeness
+        completeness = "truncated" if manifest.size > file_size(dump) else completeness
     return Inspection(
         path=dump.name,
         format=format_name(dump),
         codec=", ".join(sorted(name for name in pages.codecs if name != "none")) or "none",
-        size=_size(dump),
+        size=file_size(dump),
         completeness=completeness,
         level=dump.level if isinstance(dump, KdumpFile) else None,
         page_size=dump.page_size,
@@ -158,13 +160,6 @@ def format_name(dump: Dump) -> str:
     """What a dump's format is called, as in its manifest, and that it is flattened."""
     name = "kdump-compressed" if isinstance(dump, KdumpFile) else "elf"
     return f"flattened {name}" if is_flattened(dump) else name
-
-
-def _size(dump: Dump) -> int:
-    """Bytes of the file that the dump is in."""
-    if isinstance(dump, KdumpFile) and not is_flattened(dump):
-        return dump.data.size
-    return Path(dump.name).stat().st_size
 
 
 def crashed_task(log: str) -> Task | None:

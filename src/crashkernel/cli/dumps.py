@@ -248,10 +248,12 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _verdict(found: Verification) -> Iterator[str]:
-    yield f"{found.path}: {'good' if found.good else f'BAD, {found.problems.count:,} problems'}"
+    count = found.problems.count
+    problems = "1 problem" if count == 1 else f"{count:,} problems"
+    yield f"{found.path}: {'good' if found.good else f'BAD, {problems}'}"
     yield from (f"  checked: {each}" for each in found.checks)
     yield from (f"  problem: {each}" for each in found.problems.first)
-    if (more := found.problems.count - len(found.problems.first)) > 0:
+    if (more := count - len(found.problems.first)) > 0:
         yield f"  and {more:,} more"
     yield from (f"  note: {each}" for each in found.remarks)
 
