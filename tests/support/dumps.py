@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import stat
@@ -14,6 +15,7 @@ from crashkernel.capture.manifest import Contents, Manifest, PageCounts, digest_
 RECORD = 64 << 10
 
 
+@functools.lru_cache(maxsize=16)
 def dump_bytes(size: int, seed: int = 0) -> bytes:
     """A fake dump's bytes."""
     return hashlib.shake_128(b"dump%d" % seed).digest(size)
@@ -25,6 +27,7 @@ def records(size: int) -> list[tuple[int, int]]:
     return [*rest, (0, min(RECORD, size))]
 
 
+@functools.lru_cache(maxsize=4)
 def flattened(data: bytes) -> bytes:
     """The flattened stream (makedumpfile's `makedumpfile_header`, then (offset, size) and bytes) of a fake dump."""
     stream = bytearray(struct.pack(">16sqq", b"makedumpfile", 1, 1).ljust(4096, b"\0"))

@@ -43,6 +43,7 @@ def sshd(home: Path) -> Iterator[Sshd]:
     server = home / "sshd_config"
     server.write_text(
         f"Port {port}\nListenAddress 127.0.0.1\nHostKey {home}/host\nAuthorizedKeysFile {home}/authorized\nPidFile none\n"
+        "KexAlgorithms curve25519-sha256\n"  # the fastest: tests make many connections
         "StrictModes no\nUsePAM no\nPasswordAuthentication no\nPermitRootLogin prohibit-password\nMaxStartups 100\n"
     )
     # by any port, since tests put a proxy in between
