@@ -2,7 +2,7 @@
 
 makedumpfile is Debian's, of its stable and of its newest release, and the host's own for a codec that Debian leaves out, such
 as snappy. Whole processes are measured, as users run them; the vmcore is in the page cache, and the dump goes to memory. For
-each codec the first runs find out what makedumpfile's best is: which build, and with how many threads. Against that our runs are
+each codec the first runs find out what makedumpfile's best is: which build, and how many threads. Against that our runs are
 held, in turn.
 """
 

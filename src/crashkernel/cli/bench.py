@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _DEFAULT_CASES = 100
 _DEFAULT_ROUNDS, _QUICK_ROUNDS = 5, 2
+_TABLE_WIDTH = 140  # columns, where no terminal says how many it has
 
 _PURGATORY_EPILOG = """examples:
   crashkernel bench purgatory                          about a minute
@@ -216,7 +217,7 @@ def _capture(arguments: argparse.Namespace) -> int:
         raise UsageError("--runs must be at least 1")
     if arguments.json is not None:
         twin.require_writable(arguments.json)
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _TABLE_WIDTH)
     with twin.terminable(), console.status("preparing") as status:
 
         def tell(message: str) -> None:
@@ -238,7 +239,7 @@ def _capture(arguments: argparse.Namespace) -> int:
 
 
 def _show_capture(results: Results, console: Console) -> None:
-    console.print(f"{results.vmcore}; makedumpfile {', '.join(results.programs)}")
+    console.print(f"{results.vmcore}; {', '.join(results.programs)}")
     console.print(_speeds(results))
     for speed in results.speeds:
         console.print(f"{speed.codec}: {_trials(speed)}", markup=False)
@@ -251,7 +252,7 @@ def _show_capture(results: Results, console: Console) -> None:
     )
     for selection in wrong:
         pages = ", ".join(f"{pfn:#x}" for pfn in selection.comparison.examples)
-        console.print(f"  level {selection.level}, makedumpfile {selection.program}: {pages} …", style="bold red")
+        console.print(f"  level {selection.level}, {selection.program}: {pages} …", style="bold red")
     bad = [each for each in results.bytes if each.wrong]
     count = sum(each.pages for each in results.bytes)
     console.print(f"bytes: right in {len(results.bytes) - len(bad)} of {len(results.bytes)} dumps, {count:,} pages")
@@ -274,7 +275,7 @@ def _speeds(results: Results) -> Any:
     from crashkernel.bench.capture import EFFICIENCY_GOAL, WORKERS, goal  # noqa: PLC0415
 
     table = Table()
-    for title in ("codec", "workers", "against"):
+    for title in ("codec", "workers", "makedumpfile"):
         table.add_column(title)
     for title in ("time", "goal", "CPU time", "seconds", "theirs", "efficiency", "size"):
         table.add_column(title, justify="right")
@@ -288,7 +289,7 @@ def _speeds(results: Results) -> Any:
             table.add_row(
                 speed.codec,
                 str(workers),
-                speed.opponent(workers).split(",")[0] + ("" if workers == 1 else ", best setting"),
+                _opponent(speed.opponent(workers)),
                 _ratio(ratio),
                 "" if wanted is None else f"{wanted:.2f}",
                 f"{speed.cpu_ratio(workers).median:.2f}",
@@ -299,6 +300,12 @@ def _speeds(results: Results) -> Any:
                 style="yellow" if missed or slack else "",
             )
     return table
+
+
+def _opponent(name: str) -> str:
+    """Such as "1.7.8" or "1.7.8, 2 threads", of a run's name."""
+    program, _, *threads = name.removeprefix("makedumpfile ").split(", ")
+    return ", ".join((program.split(" ")[0], *threads))
 
 
 def _trials(speed: Speed) -> str:
