@@ -42,7 +42,7 @@ def dump_of(machine: str = "ppc64le", page_size: int = 0x1000, log: tuple[str, .
     }
     pages = {pfn: kernel.memory.read(pfn * page_size, page_size) for pfn in sorted(written & memory)}
     # the last pages of memory, and so of the dump: not the log's
-    pages |= {pfn: b"user" * (page_size // 4) for pfn in sorted(memory)[-3:]}
+    pages |= dict.fromkeys(sorted(memory)[-3:], b"user" * (page_size // 4))
     info = {key: value for key, value in kernel.info.items() if key not in ("OSRELEASE", "PAGESIZE")}
     given = {"memory": memory, "info": info, "pids": PIDS, "phys_base": int(info.get("NUMBER(phys_base)", 0))}
     return Kdump(pages, machine, page_size, **(given | options))

@@ -97,7 +97,7 @@ def convert(
                 _rewrite(dump, descriptor, form, chosen, tell)
 
         if output == STANDARD:
-            write(sys.stdout.fileno())
+            _write_out(write)
             return None
         contents = None
         if manifest is not None:
@@ -162,15 +162,28 @@ def _refuse_partial(dump: Dump) -> None:
 def _spooled(output: Path) -> Iterator[Path]:
     """What comes in on standard input, as a file beside the output."""
     directory = None if output == STANDARD else output.absolute().parent
-    try:
-        with tempfile.NamedTemporaryFile(dir=directory, prefix=".crashkernel-", suffix=".incomplete") as spool:
+    with contextlib.ExitStack() as stack:
+        try:
+            spool = stack.enter_context(
+                tempfile.NamedTemporaryFile(dir=directory, prefix=".crashkernel-", suffix=".incomplete")
+            )
             unpacker = Unpacker(spool.fileno())
             while data := sys.stdin.buffer.read(_COPY_SIZE):
                 unpacker.put(data)
             unpacker.finish()
-            yield Path(spool.name)
+        except OSError as error:
+            raise EnvironmentFault(f"cannot keep what comes in on standard input: {error.strerror}") from error
+        yield Path(spool.name)
+
+
+def _write_out(write: Callable[[int], None]) -> None:
+    """Have a dump written to standard output."""
+    try:
+        write(sys.stdout.fileno())
+    except BrokenPipeError:
+        raise  # its reader has had enough
     except OSError as error:
-        raise EnvironmentFault(f"cannot keep what comes in on standard input: {error.strerror}") from error
+        raise EnvironmentFault(f"cannot write to standard output: {error.strerror}") from error
 
 
 def _write_whole(output: Path, write: Callable[[int], None], contents: Contents | None, tell: Tell) -> Converted:
