@@ -210,6 +210,17 @@ class TestMemory:
         assert int(np.count_nonzero(found == FREE)) == (1 << 14) - 1024
         assert sum(count for _, count in machine.reads) < 4096
 
+    def test_among_huge_pages_too(self, small_chunks):
+        array = PageArray(ERA_6_16, 1 << 14)
+        for pfn in range(0, 1 << 14, 64):
+            (array.compound if pfn % 1024 == 64 else array.hugetlb)(pfn, 6)
+        machine = DeadMachine(array)
+        assert np.array_equal(classes_of(PageFilter(machine, machine, 8)), array.expected(8))
+        assert sum(count for _, count in machine.reads) < 4096
+        machine.reads.clear()
+        assert not classes_of(PageFilter(machine, machine, 7)).any()
+        assert sum(count for _, count in machine.reads) == 1 << 14, "what is kept is not looked for"
+
     def test_memory_in_use_does_not_grow(self):
         peaks = []
         for pages in (1 << 17, 1 << 19):

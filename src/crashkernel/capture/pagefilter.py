@@ -70,8 +70,8 @@ _CHUNK_PAGES = 32768
 _READ_PAGES = 8192
 """Pages whose structs are read at a time: half a MiB, which fits the second-level cache of the CPUs this runs on."""
 
-_LEAST_SAMPLED, _MOST_SAMPLED = 128, 1024
-"""Pages of a block that is looked for by its first page alone: smaller ones are not worth a read of their own."""
+_LEAST_SAMPLED, _MOST_SAMPLED = 256, 1024
+"""Pages of a block that is looked for by its first page alone, half of them at least: smaller ones are not worth a read."""
 
 _LARGEST_BLOCK = 1 << 34
 """Bytes of the largest compound page there is: a 16 GiB page of the ppc64 hash MMU (`arch/powerpc/include/asm/mmu.h`)."""
@@ -163,10 +163,14 @@ class _Rules:
     user: bool
     free: bool
 
-    def sampled_pages(self) -> int:
-        """Return the number of pages in the blocks that are worth judging by their first page alone before reading the rest."""
-        largest_free = 1 << (self.free_orders - 1) if self.free_orders else _MOST_SAMPLED
-        return max(_LEAST_SAMPLED, min(largest_free, _MOST_SAMPLED))
+    def sampled_pages(self) -> tuple[int, int]:
+        """Return the numbers of pages of blocks that may be worth judging by their first page alone, the smaller one first.
+
+        The larger is that of the largest free blocks; the smaller that of huge pages where these are 2 MiB in pages of 4 KiB.
+        """
+        free = 1 << (self.free_orders - 1) if self.free_orders else _MOST_SAMPLED
+        large = max(_LEAST_SAMPLED, min(free, _MOST_SAMPLED))
+        return large // 2, large
 
 
 class _RuleReader:
@@ -775,12 +779,12 @@ class _Walk:
         self._judge = _Judge(rules, self.findings, _CHUNK_PAGES)
         self._buffer = np.empty(_CHUNK_PAGES * rules.size, np.uint8)
         self._block = _Block()
-        self._sampled = rules.sampled_pages()
-        self._pair_judge = _Judge(
-            rules, self.findings, _CHUNK_PAGES // self._sampled
-        )  # for first pages, while chunks are loaded
-        self._pairs = np.empty(2 * rules.size * (_CHUNK_PAGES // self._sampled), np.uint8)
-        self._sampling = False
+        self._half, self._large = rules.sampled_pages()
+        self._step = 0  # what the next chunk is sampled by, 0 if it is read as it is
+        self._covered = 0, 0  # pages of this chunk in blocks of half and of large ones at least
+        pairs = _CHUNK_PAGES // self._half
+        self._pair_judge = _Judge(rules, _Findings(), pairs)  # for first pages alone: what is wrong there shows with the others
+        self._pairs = np.empty(2 * rules.size * pairs, np.uint8)
 
     def begin(self, start: int, present: Callable[[int, int], _Bool | None]) -> None:
         """Find the block that the page frame `start`, where a chunk begins, lies in but does not begin.
@@ -813,26 +817,35 @@ class _Walk:
             self.findings.structless += _without_struct(start, end, pieces, present)
         if not pieces:
             return np.zeros(end - start, np.uint8)
-        if not self._sampling or (end - start) % self._sampled:
-            classes, covered = self._stretch(start, end, pieces, present)
-            self._sampling = 2 * covered >= end - start
-            return classes
-        blocks = self._sample(start, end, pieces, present)
-        self._sampling = 2 * int(np.count_nonzero(blocks)) >= len(blocks)
-        classes = np.repeat(blocks, self._sampled)
+        self._covered = 0, 0
+        if self._step and (end - start) % self._step == 0:
+            classes = self._sampled(start, end, pieces, present, self._step)
+        else:
+            classes = self._stretch(start, end, pieces, present)
+        # Free memory and huge pages come in clusters: what most of a chunk is in, the next one is looked for.
+        half, large = (2 * each >= end - start for each in self._covered)
+        self._step = self._large if large else self._half if half else 0
+        return classes
+
+    def _cover(self, sizes: _Index) -> None:
+        """Count blocks of so many pages each."""
+        half, large = self._covered
+        self._covered = half + int(sizes[sizes >= self._half].sum()), large + int(sizes[sizes >= self._large].sum())
+
+    def _sampled(self, start: int, end: int, pieces: list[_Piece], present: _Bool | None, step: int) -> _U8:
+        """Judge a chunk by its pages at multiples of `step`, and by all pages only where these do not decide for so many."""
+        blocks = self._sample(start, end, pieces, present, step)
+        classes = np.repeat(blocks, step)
         for low, high in _gaps(blocks):
-            some = slice(low * self._sampled, high * self._sampled)
+            some = slice(low * step, high * step)
             within = _clip(pieces, start + some.start, start + some.stop, self._rules.size)
-            classes[some], _ = self._stretch(
+            classes[some] = self._stretch(
                 start + some.start, start + some.stop, within, None if present is None else present[some]
             )
         return classes
 
-    def _stretch(self, start: int, end: int, pieces: list[_Piece], present: _Bool | None) -> tuple[_U8, int]:
-        """Judge all pages of [start, end), none of which is in a block that begins before.
-
-        Returns the classes, and how many pages are in blocks that are large enough to be looked for.
-        """
+    def _stretch(self, start: int, end: int, pieces: list[_Piece], present: _Bool | None) -> _U8:
+        """Judge all pages of [start, end), none of which is in a block that begins before."""
         size = self._rules.size
         structs = self._buffer[: (end - start) * size]
         for first in range(start, end, _READ_PAGES):
@@ -842,12 +855,12 @@ class _Walk:
             self._judge.load(some, size, first - start)
         self._clear_damage(structs, start, present)
         classes, places, sizes = self._judge.own_classes(structs, start, 1, present)
-        if not len(places):
-            return classes, 0
-        reach = _spread(classes, places, sizes, classes[places])
-        if start + reach > end:
-            self._block = _Block(start + reach, int(classes[-1]))
-        return classes, int(sizes[sizes >= self._sampled].sum())
+        if len(places):
+            self._cover(sizes)
+            reach = _spread(classes, places, sizes, classes[places])
+            if start + reach > end:
+                self._block = _Block(start + reach, int(classes[-1]))
+        return classes
 
     def _fill(self, structs: _U8, start: int, end: int, pieces: list[_Piece]) -> None:
         """Read the structs of [start, end); where there are none zeros stand, which say nothing of a page."""
@@ -862,9 +875,9 @@ class _Walk:
             position = high
         structs[(position - start) * size :] = 0
 
-    def _sample(self, start: int, end: int, pieces: list[_Piece], present: _Bool | None) -> _U8:
-        """Judge the first page of each possible large block of [start, end): the class of what is in one, 0 for the others."""
-        size, step = self._rules.size, self._sampled
+    def _sample(self, start: int, end: int, pieces: list[_Piece], present: _Bool | None, step: int) -> _U8:
+        """Judge the pages of [start, end) at multiples of `step`: the class where one decides for so many, 0 for the others."""
+        size = self._rules.size
         count = (end - start) // step
         pairs = self._pairs[: 2 * size * count]
         at = 0
@@ -881,6 +894,7 @@ class _Walk:
         large = sizes >= step
         blocks = np.zeros(count, np.uint8)
         if large.any():
+            self._cover(sizes[large])
             places = places[large]
             reach = _spread(blocks, places, sizes[large] // step, classes[places])
             if reach > count:
@@ -893,7 +907,7 @@ class _Walk:
         Nothing but damage makes reference counts negative: of random ones every other is. (-1 is what is written over structs
         that were never set up, PAGE_POISON_PATTERN in `include/linux/page-flags.h`.)
         """
-        rules, step = self._rules, self._sampled
+        rules, step = self._rules, self._half
         if rules.refcount is None:
             return
         words = structs.view(np.uint32).reshape(-1, rules.size // 4)
@@ -908,7 +922,7 @@ class _Walk:
             pair = structs[low * rules.size : (low + 2) * rules.size]
             if len(pair) == 2 * rules.size:
                 _, pages = self._judge_pair(pair, start + low, None if present is None else present[low : low + 1])
-                if pages >= step:  # had it been looked for by its first page, the rest would not have been read
+                if pages >= step:  # with a first page that decides for all, sampling would not have looked at the others
                     continue
             if not self.findings.damaged:
                 self.findings.first_damaged = start + low
