@@ -72,7 +72,7 @@ def test_killed_while_it_writes_a_device(tmp_path):
     device = tmp_path / "device"
 
     def capture():
-        save(writer(SMALL, seed=1), [DeviceTarget(str(device))], CRASH, files=FILES)
+        save(writer(SMALL, seed=1), [DeviceTarget(str(device))], CRASH)
 
     with device.open("wb") as file:
         file.truncate(3 << 20)

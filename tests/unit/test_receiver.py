@@ -291,6 +291,22 @@ def test_a_journal_cut_by_a_power_failure_loses_only_its_last_line(store, cut):
     assert is_whole(store / CRASH / "vmcore", dump_bytes(SIZE))
 
 
+@pytest.mark.parametrize("part", [b"0123 {", b"x" * 2000])
+def test_a_line_that_a_full_disk_left_in_part_is_overwritten(store, part):
+    with receiving(store) as (receiver, _):
+        sender = Sender(receiver)
+        sender.begin()
+        sender.pieces(STREAM[:PIECE_SIZE])
+        with (store / JOURNALS / ID).open("ab") as journal:
+            journal.write(part)
+        sender.pieces(STREAM, start=PIECE_SIZE)
+    with receiving(store) as (receiver, _):
+        sender = Sender(receiver)
+        assert sender.begin() == (201, {"path": CRASH, "received": len(STREAM)})
+        assert sender.finish(STREAM)[0] == 201
+    assert is_whole(store / CRASH / "vmcore", dump_bytes(SIZE))
+
+
 def test_pieces_come_in_order_and_only_once(store):
     with receiving(store) as (receiver, _):
         sender = Sender(receiver)

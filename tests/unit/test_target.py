@@ -75,6 +75,36 @@ def test_a_file_of_the_users_own_name(tmp_path):
     assert is_whole(tmp_path / "vmcore.today", dump_bytes(SIZE))
 
 
+def test_all_is_flushed_before_it_is_named(tmp_path, monkeypatch):
+    steps = []
+
+    def fsync(descriptor, flush=os.fsync):
+        steps.append(f"flush {Path(f'/proc/self/fd/{descriptor}').readlink().relative_to(tmp_path)}")
+        flush(descriptor)
+
+    def give_name(scratch, path, give=files.give_name):
+        steps.append(f"name {path.relative_to(tmp_path)}")
+        give(scratch, path)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(files, "give_name", give_name)
+    target = parse_target(str(tmp_path / "mine"))
+    target.begin(CRASH, Heartbeat())
+    target.put(LOG, FILES[LOG])
+    target.commit(writer(SIZE)(target.open(), lambda: None))
+    assert steps == [
+        "flush mine-dmesg.txt.incomplete",
+        "name mine-dmesg.txt",
+        "flush .",
+        "flush mine.incomplete",
+        "flush mine.manifest.json.incomplete",
+        "name mine.manifest.json",
+        "flush .",
+        "name mine",
+        "flush .",
+    ]
+
+
 @pytest.mark.parametrize("taken", ["mine", "mine.manifest.json"])
 def test_a_name_that_exists_is_never_replaced(tmp_path, taken):
     (tmp_path / taken).write_text("precious")
@@ -301,6 +331,14 @@ def test_a_reader_that_leaves_is_told(tmp_path):
             save(writer(8 << 20), [StdoutTarget(descriptor=out)], CRASH)
     finally:
         os.close(out)
+
+
+def test_what_is_lost_on_the_last_stretch_is_told():
+    from crashkernel.capture.target.stream import StdoutTarget
+
+    # all of the dump goes into the pipe at once: only the relay sees that the disk is full
+    with Path("/dev/full").open("wb") as full, pytest.raises(NoTargetLeft, match="standard output: No space left on device"):
+        save(writer(1000), [StdoutTarget(descriptor=full.fileno())], CRASH)
 
 
 # -- a block device: here a file, which differs in that nobody can mount it

@@ -1,0 +1,184 @@
+"""The pages that the filter keeps, against those that makedumpfile keeps: every level, every vmcore there is, two of its releases.
+
+It makes no vmcore. It takes `$CRASHKERNEL_VMCORES/*.vmcore` (any kernels of x86_64 and ppc64le) and what `make bench-capture` left
+in the cache.
+
+Two things of a kernel's are put into words that makedumpfile knows, in a copy of the vmcore, for it would read something else than
+page structs otherwise (what it does then is in `pagefilter`'s docstring): `compound_info` of 7.1 and later is called `compound_head`,
+and a ppc64 kernel of the radix MMU with 4 KiB pages gets the list that a kernel of the hash MMU keeps of where its page structs are.
+"""
+
+import os
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from crashkernel.bench.makedumpfile import SUITES, Makedumpfile, provide
+from crashkernel.capture.kernel import CrashedKernel
+from crashkernel.capture.pagefilter import PageFilter
+from crashkernel.capture.selection import MAX_DUMP_LEVEL, PageClass
+from crashkernel.capture.source import ElfVmcore
+from crashkernel.drill.debian import default_cache
+from crashkernel.errors import EnvironmentFault
+from crashkernel.formats import flattened
+from crashkernel.formats.elf import EM_PPC64
+
+pytestmark = [pytest.mark.capture, pytest.mark.timeout(3600)]
+
+NEWEST_KNOWN = {"bookworm": (6, 2), "sid": (7, 0)}
+"""The newest kernels that the releases of makedumpfile know; what is put into words for them as above counts as older."""
+
+
+def corpus() -> list[Path]:
+    places = sorted(default_cache().glob("bench/*/vmcore"))
+    if directory := os.environ.get("CRASHKERNEL_VMCORES"):
+        places += sorted(Path(directory).glob("*.vmcore"))
+    return places
+
+
+def name(path: Path) -> str:
+    return path.stem if path.stem != "vmcore" else path.parent.name
+
+
+# ------------------------------------------------------------------------------------------------- what makedumpfile keeps
+
+
+def kept_by(program: Makedumpfile, vmcore: Path, level: int) -> tuple[np.ndarray, np.ndarray]:
+    """The two bitmaps of its dump, from the start of a flattened stream: the pages need not be written."""
+    command = [*program.command, "-F", "-d", str(level), str(vmcore)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        try:
+            return bitmaps(process.stdout)
+        finally:
+            process.kill()
+
+
+def bitmaps(stream) -> tuple[np.ndarray, np.ndarray]:
+    flattened.check_header(stream.read(flattened.HEADER_SIZE))
+    start = bytearray()
+    covered = 0
+    end = None
+    while end is None or covered < end:
+        record = flattened.read_record_header(stream.read(flattened.RECORD_HEADER_SIZE), 0)
+        assert record is not None, "the stream ends before the bitmaps do"
+        data = stream.read(record.size)
+        if end is None or record.file_offset < end:
+            start.extend(bytes(max(0, record.file_offset + record.size - len(start))))
+            start[record.file_offset : record.file_offset + record.size] = data
+            covered += record.size
+        if end is None and len(start) >= 464:
+            # struct disk_dump_header: block_size, sub_hdr_size, bitmap_blocks behind 416 bytes and the time
+            block_size, sub_blocks, blocks = struct.unpack_from("<iiI", start, 428)
+            first, size = (1 + sub_blocks) * block_size, blocks * block_size // 2
+            end = first + 2 * size
+    return tuple(
+        np.unpackbits(np.frombuffer(start[at : at + size], np.uint8), bitorder="little") for at in (first, first + size)
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ what we have for it
+
+
+def in_its_words(vmcore: Path, scratch: Path) -> Path:
+    """The vmcore, or a copy that differs from it in what makedumpfile needs to find and read the page structs."""
+    with ElfVmcore(vmcore) as source:
+        changes = [*renamed(source), *listed(source)]
+        if not changes:
+            return vmcore
+    copy = scratch / "vmcore"
+    shutil.copyfile(vmcore, copy)
+    with copy.open("r+b") as file:
+        for offset, data in changes:
+            file.seek(offset)
+            file.write(data)
+    return copy
+
+
+def renamed(source: ElfVmcore):
+    if "OFFSET(page.compound_info)" in source.vmcoreinfo:
+        with open(source.name, "rb") as file:
+            at = file.read(1 << 20).index(b"OFFSET(page.compound_info)")
+        yield at, b"OFFSET(page.compound_head)"
+
+
+def listed(source: ElfVmcore):
+    """A vmemmap_list of 2 MiB blocks, on the first page of zeros that is free."""
+    if source.machine != EM_PPC64 or source.page_size != 4096:
+        return
+    kernel, info = CrashedKernel(source), source.vmcoreinfo
+    if kernel.pointer(info.symbol("vmemmap_list")):
+        return  # a hash kernel has its own
+    free = PageFilter(kernel, source, 16)
+    pfn = next(
+        int(pfn)
+        for chunk in free.chunks()
+        for pfn in np.flatnonzero(chunk.classes == PageClass.FREE) + chunk.pfn
+        if not any(source.read(int(pfn) * 4096, 4096))
+    )
+    shift = info.offset("mmu_psize_def.shift")
+    index = next(
+        number
+        for number in range(16)
+        if kernel.read(info.symbol("mmu_psize_defs") + number * info.size("mmu_psize_def") + shift, 4) == struct.pack("<I", 21)
+    )
+    page, at = bytearray(4096), 0xC000_0000_0000_0000 + pfn * 4096
+    first, last = 0xC00C_0000_0000_0000, 0xC00C_0000_0000_0000 + source.memory.ranges[-1].end // 4096 * info.size("page")
+    blocks = [
+        (each.vaddr + offset, each.paddr + offset)
+        for each in kernel.spans(first, last)
+        for offset in range(0, each.size, 2 << 20)
+    ]
+    assert 32 * len(blocks) <= len(page)
+    for number, (vaddr, paddr) in enumerate(blocks):
+        following = at + 32 * (number + 1) if number + 1 < len(blocks) else 0
+        for member, value in (("virt_addr", vaddr), ("phys", paddr), ("list", following)):
+            struct.pack_into("<Q", page, 32 * number + info.offset(f"vmemmap_backing.{member}"), value)
+    yield file_offset(source, pfn * 4096), bytes(page)
+    yield file_offset(source, kernel.paddr(info.symbol("vmemmap_list"))), struct.pack("<Q", at)
+    yield file_offset(source, kernel.paddr(info.symbol("mmu_vmemmap_psize"))), struct.pack("<I", index)
+
+
+def file_offset(source: ElfVmcore, paddr: int) -> int:
+    segment = next(each for each in source.segments if each.paddr <= paddr < each.end)
+    return segment.file_offset + paddr - segment.paddr
+
+
+# --------------------------------------------------------------------------------------------------------------- the tests
+
+
+def test_there_is_a_corpus():
+    assert corpus(), "no vmcore: run `make bench-capture`, or set CRASHKERNEL_VMCORES to a directory of *.vmcore files"
+
+
+@pytest.mark.parametrize("vmcore", corpus(), ids=name)
+def test_every_page_at_every_level(vmcore, tmp_path):
+    copy = in_its_words(vmcore, tmp_path)
+    with ElfVmcore(vmcore) as source:
+        release = tuple(int(part) for part in source.vmcoreinfo.release.split(".")[:2])
+        programs = [
+            provide(suite, "ppc64el" if source.machine == EM_PPC64 else "amd64")
+            for suite in SUITES
+            if release <= NEWEST_KNOWN[suite] or (suite == SUITES[-1] and copy != vmcore)
+        ]
+        if not programs:
+            raise EnvironmentFault(f"no makedumpfile here knows kernel {source.vmcoreinfo.release}")
+        kernel = CrashedKernel(source)
+        for level in range(MAX_DUMP_LEVEL + 1):
+            filtered = PageFilter(kernel, source, level)
+            classes = np.full(filtered.max_pfn, PageClass.ABSENT, np.uint8)
+            for chunk in filtered.chunks():
+                classes[chunk.pfn : chunk.pfn + len(chunk.classes)] = chunk.classes
+            assert filtered.doubts == []
+            for program in programs:
+                present, kept = (bits[: filtered.max_pfn] for bits in kept_by(program, copy, level))
+                assert np.array_equal(classes != PageClass.ABSENT, present), f"{program}, level {level}"
+                different = np.flatnonzero((classes == PageClass.KEPT) != kept)
+                assert not len(different), (
+                    f"{program}, level {level}: {len(different)} pages differ, from {different[0]:#x} on, "
+                    f"class {PageClass(classes[different[0]]).name}"
+                )
