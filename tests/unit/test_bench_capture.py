@@ -21,6 +21,7 @@ from crashkernel.bench import bigcore, contest, dumps, makedumpfile, vmcore
 from crashkernel.bench.capture import (
     BIG,
     CODECS,
+    BigCapture,
     BytesCheck,
     FilterSpeed,
     Memory,
@@ -131,16 +132,16 @@ class TestMeasure:
         with pytest.raises(EnvironmentFault, match="wrote no dump"), contest.output_of(shell("true"), tmp_path, 60):
             pass
 
-    def test_seconds_to_a_line(self):
-        assert contest.seconds_to(("sh", "-c", "echo nothing; echo STEP [one]; sleep 600"), "STEP [one]", 60) < 60
+    def test_up_to_a_line(self):
+        assert contest.measure_to(("sh", "-c", "echo nothing; echo STEP [one]; sleep 600"), "STEP [one]", 60).seconds < 60
 
     def test_a_line_that_never_comes(self):
         with pytest.raises(EnvironmentFault, match="sh ended without saying 'STEP': that was all"):
-            contest.seconds_to(("sh", "-c", "echo that was all"), "STEP", 60)
+            contest.measure_to(("sh", "-c", "echo that was all"), "STEP", 60)
 
     def test_a_line_that_takes_too_long(self):
         with pytest.raises(TooSlow):
-            contest.seconds_to(("sleep", "600"), "STEP", 0.2)
+            contest.measure_to(("sleep", "600"), "STEP", 0.2)
 
 
 class TestMemory:
@@ -390,6 +391,19 @@ class TestGrownMachine:
                 (head,) = struct.unpack_from("<Q", struct_of(after, pfn + copy * gib), 8)
                 assert head == (kernel.vmemmap + (0x20000 + copy * gib) * 64 | 1)
 
+    def test_chosen_sections_take_turns(self, grown, tmp_path):
+        kernel, original, _ = grown
+        bigcore.grow(original, tmp_path / "big", 2 * GIB, (4, 6))
+        before, after = structs_of(original), structs_of(tmp_path / "big")
+        section, gib = 128 * MIB // PAGE, GIB // PAGE
+        for number in range(8):
+            copied = (4, 6)[number % 2]
+            assert struct_of(after, gib + number * section + 5) == struct_of(before, copied * section + 5)
+        (head,) = struct.unpack_from("<Q", struct_of(after, gib + 2 * section + 1), 8)
+        assert head == (kernel.vmemmap + (gib + 2 * section) * 64 | 1)
+        with pytest.raises(FormatError, match="section 8 is not there"):
+            bigcore.grow(original, tmp_path / "none", 2 * GIB, (8,))
+
     def test_its_memory_is_the_real_ones_and_holes(self, grown):
         with ElfVmcore(grown[2]) as source:
             assert [(each.start, each.end) for each in source.memory] == [(0, 3 * GIB)]
@@ -567,7 +581,18 @@ def results(*, right: bool = True) -> Results:
         memory=[Memory("one", Peak(60 << 20, 50 << 20))],
         selections=[SelectionCheck(31, "makedumpfile 1.7.8", 5, difference)],
         bytes=[BytesCheck("one", 31, 5, () if right else (0x456,))],
-        filters=[FilterSpeed(BIG[1], "makedumpfile 1.7.8", Ratio(0.8, 0.7, 0.9), Ratio(1, 1, 1), Ratio(2, 2, 2), Peak(1, 1))],
+        filters=[
+            FilterSpeed(
+                BIG[1],
+                "makedumpfile 1.7.8",
+                Ratio(0.8, 0.7, 0.9),
+                Ratio(0.75, 0.7, 0.9),
+                Ratio(1, 1, 1),
+                Ratio(2, 2, 2),
+                Peak(1, 1),
+            )
+        ],
+        big=[BigCapture(BIG[1], 2, "makedumpfile 1.7.8", Measure(9, 9, 9), Measure(12, 12, 9), Peak(70 << 20, 60 << 20))],
     )
 
 
@@ -590,7 +615,8 @@ class TestCommand:
         assert "lzo: no makedumpfile here has it" in text
         assert "selection: the same page for page in 1 of 1 dumps" in text
         assert "bytes: right in 1 of 1 dumps, 5 pages" in text
-        assert "filter, 256 GiB: 0.80 (0.70 to 0.90) of makedumpfile 1.7.8, 1.00 s against 2.00 s" in text
+        assert "filter, 256 GiB: 0.80 (0.70 to 0.90) of makedumpfile 1.7.8, CPU time 0.75, 1.00 s against 2.00 s" in text
+        assert "whole capture, 256 GiB, 2 workers: 9.0 s against 12.0 s; peak 70 MiB" in text
 
     def test_what_is_wrong_is_named(self):
         assert results().right

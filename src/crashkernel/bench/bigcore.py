@@ -2,7 +2,7 @@
 
 What a filter reads of a machine is its page structs, 64 bytes a page, 4 GiB of them for 256 GiB of memory, and on the way there
 the page tables and the memory sections. So the file has the real kernel's, and behind them more of the same kind: the page
-structs of the real machine's last two gigabytes over and over, each copy where it would lie, its pointers to compound heads
+structs of some of the real machine's sections over and over, each copy where it would lie, its pointers to compound heads
 corrected, with sections and page tables that lead to them. Everything else of the new memory, and of the old what no filter
 reads, is a hole in a sparse file, which reads as zeros.
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,7 +29,8 @@ from crashkernel.memory import align_down, align_up
 _PAGE = 4096
 _KERNEL_MAP = 0xFFFFFFFF80000000  # __START_KERNEL_map: where the kernel's image is mapped
 _GIB = 1 << 30
-_TEMPLATE = 2 * _GIB  # bytes of real memory whose page structs are repeated
+_TEMPLATE = 2 * _GIB  # bytes of the real memory's end whose page structs are repeated, if nobody chooses
+SECTION = 128 << 20  # bytes of a memory section on x86_64
 _TABLES = 2 << 20  # bytes for new page tables and sections; 256 GiB take some 30 pages
 
 _HEAD_SIZE = 1 << 16  # bytes at the start of the file that hold its headers
@@ -199,15 +200,17 @@ class _Sections:
         return self.array + number // per_page * 8, number % per_page * self.size + self.map_offset
 
 
-def grow(vmcore: Path, output: Path, memory: int) -> None:
+def grow(vmcore: Path, output: Path, memory: int, sections: Sequence[int] = ()) -> None:
     """Write a sparse vmcore of a machine with about `memory` bytes (whole gigabytes more than the real one has) to `output`.
 
-    :raise FormatError: `vmcore` is not of the kind described above.
+    `sections` are the numbers of those whose page structs are repeated: those of the last two gigabytes if there are none.
+
+    :raise FormatError: `vmcore` is not of the kind described above, or has no such section.
     """
     original = _Original(vmcore)
     try:
         with output.open("wb") as file:
-            _Growth(original, file.fileno(), memory).write()
+            _Growth(original, file.fileno(), memory, sections).write()
     finally:
         original.close()
 
@@ -215,15 +218,15 @@ def grow(vmcore: Path, output: Path, memory: int) -> None:
 class _Growth:
     """Growing `original` to `memory` bytes, into a new file."""
 
-    def __init__(self, original: _Original, descriptor: int, memory: int) -> None:
+    def __init__(self, original: _Original, descriptor: int, memory: int, template: Sequence[int]) -> None:
         self.original, self._descriptor = original, descriptor
         info = original.info
         self.start = original.end
         self.extra = align_up(memory - original.memory, _GIB)
         self.struct_size = info.size("page")
         self.sections = _Sections.from_info(info)
-        section = self.sections.pages * _PAGE
-        if self.start % _GIB or self.extra <= 0 or self.sections.pages * self.struct_size != 1 << _SHIFTS[-1]:
+        usual = self.sections.pages * _PAGE == SECTION and self.sections.pages * self.struct_size == 1 << _SHIFTS[-1]
+        if self.start % _GIB or self.extra <= 0 or not usual:
             raise FormatError("its memory does not end on a gigabyte, or its sections are unusual", source=str(original.path))
         if info.get("NUMBER(pgtable_l5_enabled)", "0") != "0":
             raise FormatError("has five levels of page tables", source=str(original.path))
@@ -231,7 +234,9 @@ class _Growth:
         self._next_table = self.start
         root = info.symbol("init_top_pgt") - _KERNEL_MAP + info.number("phys_base")
         self.tables = Tables(self.frames, root, self._new_table)
-        self.section_numbers = range(self.start // section, (self.start + self.extra) // section)
+        self.section_numbers = range(self.start // SECTION, (self.start + self.extra) // SECTION)
+        end = self.section_numbers.start
+        self.template = tuple(template) or tuple(range(end - min(_TEMPLATE, original.linear[-1].memory_size) // SECTION, end))
         self.structs = self.start + _TABLES  # physical, of the new page structs
         self.vmemmap = self._map_of(self.section_numbers.start - 1)
 
@@ -254,9 +259,10 @@ class _Growth:
 
     def write(self) -> None:
         """The whole file."""
+        rows = [self._structs_of(number) for number in self.template]  # before there are more sections than the real ones
         self._copy_originals()
         self._lead_to_structs()
-        self._write_structs()
+        self._write_structs(rows)
         for paddr, page in self.frames.changed.items():
             self._pwrite(page, self.original.offset(paddr))
             for each in self.original.image:  # the same memory once more
@@ -316,28 +322,22 @@ class _Growth:
                 self.frames.put(at, page)
             self.frames.put(self.tables.paddr(page + offset), self.vmemmap | _EARLY)
 
-    def _write_structs(self) -> None:
-        template = self._template()
-        first = self.start // _PAGE - len(template)
+    def _write_structs(self, rows: Sequence[Words]) -> None:
         head = self.original.info.offset("page.compound_head") // 8
-        tails = np.flatnonzero(template[:, head] & np.uint64(_COMPOUND_HEAD))
-        heads = template[tails, head]
-        for done in range(0, self.extra // _PAGE, len(template)):
-            distance = (self.start // _PAGE + done - first) * self.struct_size
-            template[tails, head] = heads + np.uint64(distance)
-            size = min(len(template), self.extra // _PAGE - done) * self.struct_size
-            self._pwrite(template.data.cast("B")[:size], self.original.offset(self.structs + done * self.struct_size))
+        size = 1 << _SHIFTS[-1]
+        for index, number in enumerate(self.section_numbers):
+            copied = self.template[index % len(rows)]
+            structs = rows[index % len(rows)].copy()
+            tails = structs[:, head] & np.uint64(_COMPOUND_HEAD) != 0
+            structs[tails, head] += np.uint64((number - copied) * size)
+            self._pwrite(structs.data.cast("B"), self.original.offset(self.structs + index * size))
 
-    def _template(self) -> Words:
-        """The page structs of the real machine's last memory, one a row."""
-        last = self.original.linear[-1]
-        sections = min(_TEMPLATE, last.memory_size) // _PAGE // self.sections.pages
-        pieces = [
-            self.original.read(paddr, size)
-            for number in range(self.section_numbers.start - sections, self.section_numbers.start)
-            for paddr, size in self._located(number)
-        ]
-        return np.frombuffer(bytearray().join(pieces), "<u8").reshape(-1, self.struct_size // 8)
+    def _structs_of(self, number: int) -> Words:
+        """The page structs of a real section, one a row."""
+        pieces = b"".join(self.original.read(paddr, size) for paddr, size in self._located(number))
+        if len(pieces) != 1 << _SHIFTS[-1]:
+            raise FormatError(f"section {number} is not there as a whole", source=str(self.original.path))
+        return np.frombuffer(pieces, "<u8").reshape(-1, self.struct_size // 8)
 
     def _write_header(self, old: Segment, new: Segment) -> None:
         head = self.original.head

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from crashkernel.bench import bigcore, contest, dumps, makedumpfile, vmcore
 from crashkernel.bench.contest import Contender, Measure, Peak, Ratio, Rounds, TooSlow
 from crashkernel.bench.makedumpfile import Makedumpfile
@@ -36,6 +38,7 @@ _FLAGS = {"zlib": ("-c",), "lzo": ("-l",), "snappy": ("-p",), "zstd": ("-z",), "
 _DEADLINE = 600.0  # seconds for one run
 _HOPELESS = 3  # times makedumpfile's own time without threads; what takes longer with them is not its best setting
 _LEAST = 5.0  # seconds that a run with threads has in any case
+_QUIET = 0.04  # of a section's pages may be kept for it to be repeated in a machine that is captured as a whole
 _FILTERED = "STEP [Excluding unnecessary pages]"  # said at the end of makedumpfile's filter, message level 16
 _FILTERED_LEVEL = "16"
 
@@ -177,8 +180,21 @@ class FilterSpeed:
     memory: int
     program: str
     ratio: Ratio
+    cpu_ratio: Ratio
     ours: Ratio
     theirs: Ratio
+    peak: Peak
+
+
+@dataclass(frozen=True, slots=True)
+class BigCapture:
+    """Whole captures of a machine of `memory` bytes, of whose pages few are kept; `peak` is ours, with `workers`."""
+
+    memory: int
+    workers: int
+    program: str
+    ours: Measure
+    theirs: Measure
     peak: Peak
 
 
@@ -193,6 +209,7 @@ class Results:
     selections: list[SelectionCheck] = field(default_factory=list)
     bytes: list[BytesCheck] = field(default_factory=list)
     filters: list[FilterSpeed] = field(default_factory=list)
+    big: list[BigCapture] = field(default_factory=list)
 
     @property
     def unmatched(self) -> tuple[str, ...]:
@@ -214,6 +231,7 @@ class Results:
             "selections": [asdict(each) for each in self.selections],
             "bytes": [asdict(each) for each in self.bytes],
             "filters": [asdict(each) for each in self.filters],
+            "big": [asdict(each) for each in self.big],
         }
 
 
@@ -276,9 +294,14 @@ class Bench:
             done()
             self._selections(scratch, done)
             self._bytes(scratch, done)
-        for memory in BIG[: 1 if self._quick else None]:
-            self.results.filters.append(self._filter(memory))
-            done()
+            quiet = self._quiet_sections(scratch)
+            for memory in BIG[: 1 if self._quick else None]:
+                with self._grown(memory) as big:
+                    self.results.filters.append(self._filter(memory, big, scratch))
+                done()
+                with self._grown(memory, quiet) as big:
+                    self.results.big.append(self._big(memory, big, scratch))
+                done()
 
     @contextmanager
     def _scratch(self, core_size: int) -> Iterator[Path]:
@@ -376,23 +399,41 @@ class Bench:
                         self.results.bytes.append(BytesCheck(contender.name, level, int(dump.kept.sum()), wrong))
                     done()
 
-    # -- the filter
+    # -- large machines
 
-    def _filter(self, memory: int) -> FilterSpeed:
+    @contextmanager
+    def _grown(self, memory: int, sections: Sequence[int] = ()) -> Iterator[Path]:
         """On the disk: makedumpfile maps the file, and in a tmpfs a hole that is read through a mapping takes memory."""
         with tempfile.TemporaryDirectory(prefix=".big-", dir=self._cache) as directory:
             big = Path(directory) / "vmcore"
             self._progress(f"making a machine of {memory >> 30} GiB")
-            bigcore.grow(self._core, big, memory)
+            bigcore.grow(self._core, big, memory, sections)
             with big.open("rb") as file:
                 os.fsync(file.fileno())  # written back now, not while something is measured
-            command = (sys.executable, "-m", "crashkernel.bench.filterpass", str(big), str(LEVEL))
-            mine = Contender(f"our filter, {memory >> 30} GiB", lambda _output: command)
-            fastest, rounds = self._filter_rounds(mine, big, Path(directory))
-            peak = contest.peak_memory(mine, Path(directory), _DEADLINE)
-        return FilterSpeed(
-            memory, fastest, rounds.ratio(mine.name, fastest), rounds.seconds(mine.name), rounds.seconds(fastest), peak
-        )
+            yield big
+
+    def _quiet_sections(self, scratch: Path) -> tuple[int, ...]:
+        """Sections of the vmcore of which makedumpfile keeps hardly a page: user data and page cache, as in a large machine."""
+        with contest.output_of(theirs(self._newest, self._core, SELECTION_CODEC), scratch, _DEADLINE) as output:
+            dump = dumps.Dump(output)
+        pages = bigcore.SECTION // dump.page_size
+        kept, known = (bits[: len(bits) // pages * pages].reshape(-1, pages).mean(axis=1) for bits in (dump.kept, dump.known))
+        later = np.arange(len(kept)) >= len(kept) // 2  # the earlier ones are free as a whole, or absent
+        return tuple(np.flatnonzero((kept <= _QUIET) & (known == 1) & later).tolist())
+
+    def _filter(self, memory: int, big: Path, scratch: Path) -> FilterSpeed:
+        command = (sys.executable, "-m", "crashkernel.bench.filterpass", str(big), str(LEVEL))
+        mine = Contender(f"our filter, {memory >> 30} GiB", lambda _output: command)
+        fastest, rounds = self._filter_rounds(mine, big, scratch)
+        peak = contest.peak_memory(mine, scratch, _DEADLINE)
+        ratio, cpu_ratio = rounds.ratio(mine.name, fastest), rounds.cpu_ratio(mine.name, fastest)
+        return FilterSpeed(memory, fastest, ratio, cpu_ratio, rounds.seconds(mine.name), rounds.seconds(fastest), peak)
+
+    def _big(self, memory: int, big: Path, scratch: Path) -> BigCapture:
+        mine, other = ours(big, SELECTION_CODEC, 2), theirs(self._newest, big, SELECTION_CODEC)
+        self._progress(f"whole captures of {memory >> 30} GiB")
+        taken = contest.measure(mine, scratch, _DEADLINE), contest.measure(other, scratch, _DEADLINE)
+        return BigCapture(memory, 2, str(self._newest), *taken, contest.peak_memory(mine, scratch, _DEADLINE))
 
     def _filter_rounds(self, mine: Contender, big: Path, scratch: Path) -> tuple[str, Rounds]:
         """All builds in turn with ours; the name of the fastest."""
@@ -406,7 +447,7 @@ class Bench:
         def take(contender: Contender) -> Measure:
             if contender is mine:
                 return contest.measure(contender, scratch, _DEADLINE)
-            return Measure(contest.seconds_to(contender.command(scratch / "none"), _FILTERED, _DEADLINE), 0.0, 0)
+            return contest.measure_to(contender.command(scratch / "none"), _FILTERED, _DEADLINE)
 
         rounds = contest.hold([mine, *others], self._runs, take, self._progress)
         return min((each.name for each in others), key=lambda name: rounds.seconds(name).median), rounds

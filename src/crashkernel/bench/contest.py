@@ -203,8 +203,8 @@ def parse_rollup(lines: Sequence[str]) -> tuple[int, int] | None:
     return sizes["Pss:"], sizes["Pss:"] - sizes.get("Pss_File:", 0)
 
 
-def seconds_to(command: Sequence[str], text: str, deadline: float) -> float:
-    """Run a program until it says `text`, then end it; seconds from its start. It has a terminal, so that it speaks at once.
+def measure_to(command: Sequence[str], text: str, deadline: float) -> Measure:
+    """Run a program until it says `text`, then end it; what it took till then. It has a terminal, so that it speaks at once.
 
     :raise TooSlow: it said nothing of the kind within `deadline` seconds.
     :raise EnvironmentFault: it ended before it did.
@@ -223,7 +223,7 @@ def seconds_to(command: Sequence[str], text: str, deadline: float) -> float:
             try:
                 while text.encode() not in said:
                     said = said[-(1 << 12) :] + os.read(ours, 1 << 16)
-                return time.perf_counter() - started
+                seconds = time.perf_counter() - started
             except OSError:  # EIO: nobody has the other end any more (pty(7))
                 if time.perf_counter() - started >= deadline:
                     raise TooSlow(name, deadline) from None
@@ -232,6 +232,9 @@ def seconds_to(command: Sequence[str], text: str, deadline: float) -> float:
             finally:
                 timer.cancel()
                 process.kill()
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            return Measure(seconds, usage.ru_utime + usage.ru_stime, 0)
     finally:
         os.close(ours)
 

@@ -49,8 +49,8 @@ _CAPTURE_EPILOG = """examples:
 
 On a real vmcore of 4 GiB, made once (a Debian kernel that dies in QEMU), whole processes in turn: our capture and Debian's
 makedumpfile, its stable and its newest build, for each codec. makedumpfile's best setting is looked for first. Then the pages
-both select at every level, and every byte of every kept page, are held against each other and the vmcore; at last one pass of
-both filters over a machine of 64 and one of 256 GiB, which are sparse files.
+both select at every level, and every byte of every kept page, are held against each other and the vmcore; at last
+one pass of both filters over a machine of 64 and one of 256 GiB, which are sparse files, and whole captures of such.
 
 exit status: 0 measured, and selections and bytes are right, 1 some are not, 2 usage, 3 this machine lacks something
 """
@@ -260,8 +260,13 @@ def _show_capture(results: Results, console: Console) -> None:
         console.print(f"  {dump.name}, level {dump.level}: {', '.join(hex(pfn) for pfn in dump.wrong)} …", style="bold red")
     for each in results.filters:
         console.print(
-            f"filter, {each.memory >> 30} GiB: {_ratio(each.ratio)} of {each.program}, "
+            f"filter, {each.memory >> 30} GiB: {_ratio(each.ratio)} of {each.program}, CPU time {each.cpu_ratio.median:.2f}, "
             f"{each.ours.median:.2f} s against {each.theirs.median:.2f} s; peak {each.peak.total / (1 << 20):.0f} MiB"
+        )
+    for big in results.big:
+        console.print(
+            f"whole capture, {big.memory >> 30} GiB, {big.workers} workers: {big.ours.seconds:.1f} s against "
+            f"{big.theirs.seconds:.1f} s; peak {big.peak.total / (1 << 20):.0f} MiB"
         )
 
 
