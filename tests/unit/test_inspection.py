@@ -1,17 +1,20 @@
 import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from crashkernel.capture.backtrace import _back_chain, backtrace
 from crashkernel.capture.dumpfile import open_dump
-from crashkernel.capture.inspection import Task, backtrace, crashed_task, find_manifest, inspect, verify
+from crashkernel.capture.inspection import Task, crashed_task, find_manifest, inspect, verify
+from crashkernel.capture.kernel import CrashedKernel
 from crashkernel.capture.manifest import Manifest, manifest_name
 from crashkernel.capture.target.device import DUMP_OFFSET, DeviceHead
 from crashkernel.cli import main
 from crashkernel.errors import EnvironmentFault, FormatError, UsageError
-from support.deadkernels import LOG, PANIC, TEXT, altered, dump_of, elf_of, manifest_of
+from support.deadkernels import LOG, PANIC, TEXT, altered, dump_of, elf_of, kernel_of, manifest_of
 from support.elfwriter import write_note, write_prstatus
 from support.kdumps import in_records, write_flattened
 
@@ -285,16 +288,47 @@ class TestOnADevice:
 
 
 class TestBacktrace:
-    def test_without_drgn(self, tmp_path, monkeypatch):
-        monkeypatch.setitem(__import__("sys").modules, "drgn", None)
-        with pytest.raises(EnvironmentFault, match="needs drgn"):
-            backtrace(tmp_path / "vmcore", tmp_path / "vmlinux")
+    def trace(self, path: Path, vmlinux: Path) -> tuple[str, ...]:
+        with open_dump(path) as dump:
+            return backtrace(dump, inspect(dump).cpus[1].registers, vmlinux)
 
-    def test_symbols_that_are_none(self, tmp_path):
+    def test_without_drgn(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "drgn", None)
+        with pytest.raises(EnvironmentFault, match="needs drgn"):
+            self.trace(stored(tmp_path, dump_of().to_bytes()), tmp_path / "vmlinux")
+
+    def test_symbols_of_another_kernel(self, tmp_path):
         pytest.importorskip("drgn")
-        path = stored(tmp_path, dump_of(page_size=0x10000).to_bytes())
+        path = stored(tmp_path, dump_of("x86_64").to_bytes())
         with pytest.raises(EnvironmentFault, match=r"drgn: .*\(is .* the vmlinux, with debug symbols"):
-            backtrace(path, stored(tmp_path, b"no ELF", "vmlinux"))
+            self.trace(path, stored(tmp_path, b"no ELF", "vmlinux"))
+
+    @every_machine
+    def test_follows_the_chain_of_frames(self, tmp_path, machine, page_size):
+        """Three frames on a stack in the kernel's memory; the fourth is a user's."""
+        if machine == "x86_64":
+            pytest.skip("drgn unwinds it")
+        kernel = kernel_of(machine, page_size)
+        stack = kernel.linear + 0x1F0000
+        for at, following, place in (
+            (0, stack + 0x100, 0),
+            (0x100, stack + 0x300, 0xC0FFEE10),
+            (0x300, 0x7FFF0000, 0xC0FFEE20),
+        ):
+            kernel.memory.put(0x1F0000 + at, following)
+            kernel.memory.put(0x1F0000 + at + 16, kernel.linear + place if place else 0)
+        registers = {"nip": kernel.linear + 0x1234, "gpr1": stack}
+        places = list(_back_chain(CrashedKernel(kernel.source()), registers))
+        assert places == [kernel.linear + each for each in (0x1234, 0xC0FFEE10, 0xC0FFEE20)]
+
+    def test_a_chain_that_goes_in_circles_or_nowhere_ends(self):
+        kernel = kernel_of("ppc64le", 0x1000)
+        stack = kernel.linear + 0x1F0000
+        for following in (stack, stack - 0x100, 0, (1 << 64) - 8):
+            kernel.memory.put(0x1F0000, following)
+            places = list(_back_chain(CrashedKernel(kernel.source()), {"nip": stack, "gpr1": stack}))
+            assert places == [stack]
+        assert list(_back_chain(CrashedKernel(kernel.source()), {"nip": stack, "gpr1": 8})) == [stack]
 
 
 class TestCommands:

@@ -6,7 +6,6 @@ References: Linux `arch/x86/include/asm/user_64.h` (struct user_regs_struct, the
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import struct
@@ -225,25 +224,6 @@ def _completeness(dump: Dump, pages: PageStatistics, remarks: list[str]) -> Comp
             return "truncated"
         return "incomplete" if dump.incomplete else "whole"
     return "incomplete" if elf_flags(dump) & _ELF_INCOMPLETE else "whole"
-
-
-def backtrace(path: Path, vmlinux: Path) -> tuple[str, ...]:
-    """The frames of the task that crashed, by drgn and the kernel's debug symbols.
-
-    :raise EnvironmentFault: drgn is not installed, or cannot make sense of the dump or of the symbols.
-    """
-    try:
-        drgn = importlib.import_module("drgn")
-    except ImportError as error:
-        raise EnvironmentFault("a backtrace needs drgn, which is not installed", hint="pip install drgn") from error
-    program = drgn.Program()
-    try:
-        program.set_core_dump(str(path))
-        program.load_debug_info([str(vmlinux)])
-        return tuple(str(program.crashed_thread().stack_trace()).splitlines())
-    except Exception as error:  # drgn has many of its own
-        message = f"drgn: {error}".strip().replace("\n", "; ")
-        raise EnvironmentFault(message, hint=f"is {vmlinux} the vmlinux, with debug symbols, of this very kernel?") from error
 
 
 # -------------------------------------------------------------------------------------------------------------- verify

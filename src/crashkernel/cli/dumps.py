@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import TracebackType
 
+    from crashkernel.capture.dumpfile import Dump
     from crashkernel.capture.inspection import Cpu, Inspection, Verification
 
 _FORMS = ("kdump", "flattened", "elf")  # capture/conversion.py has them; importing it costs what --help need not pay
@@ -133,15 +134,15 @@ def _inspect(arguments: argparse.Namespace) -> int:
         remark = str(error)
     with open_dump(arguments.dump) as dump, _Progress() as progress:
         found = inspection.inspect(dump, manifest, progress.tell)
+        frames: tuple[str, ...] = ()
+        if arguments.vmlinux is not None:
+            frames = _backtrace(dump, found, arguments.vmlinux)
     status = 0 if found.completeness == "whole" else 1
     if arguments.dmesg:
         if not found.log:
             raise FormatError("; ".join(found.remarks) or "its log is empty", source=str(arguments.dump))
         print(found.log, end="")
         return status
-    frames: tuple[str, ...] = ()
-    if arguments.vmlinux is not None:
-        frames = inspection.backtrace(arguments.dump, arguments.vmlinux)
     record = found.to_json()
     if arguments.vmlinux is not None:
         record["backtrace"] = list(frames)
@@ -152,6 +153,17 @@ def _inspect(arguments: argparse.Namespace) -> int:
     for line in ("", "backtrace of the task that crashed:", *(f"  {frame}" for frame in frames)) if frames else ():
         print(visible(line))
     return status
+
+
+def _backtrace(dump: Dump, found: Inspection, vmlinux: Path) -> tuple[str, ...]:
+    from crashkernel.capture.backtrace import backtrace  # noqa: PLC0415
+
+    if not vmlinux.is_file():
+        raise UsageError(f"there is no file {vmlinux}")
+    crashed = next((cpu for cpu in found.cpus if cpu.crashed), None)
+    if crashed is None:
+        raise FormatError("which CPU crashed is not known, so there is no backtrace", source=found.path)
+    return backtrace(dump, crashed.registers, vmlinux)
 
 
 def _report(found: Inspection, remark: str, *, every_register: bool) -> Iterator[str]:
