@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from crashkernel.capture import manifest as manifest_module
 from crashkernel.capture.encryption import Encryption
-from crashkernel.capture.manifest import Digest, Manifest, digest_file, manifest_name
+from crashkernel.capture.manifest import PIECE_SIZE, Digest, Manifest, digest_file, manifest_name
 from crashkernel.capture.target import (
     LOG,
     Heartbeat,
@@ -22,6 +23,7 @@ from crashkernel.capture.target import (
     save,
 )
 from crashkernel.capture.target.device import DeviceHead, DeviceTarget, open_device_dump, read_device_head
+from crashkernel.capture.target.stream import StdoutTarget
 from crashkernel.errors import EnvironmentFault, FormatError, UsageError
 from support.dumps import claims, contents, dump_bytes, flattened, is_whole, writer
 from support.hostile import survives
@@ -174,6 +176,45 @@ def test_warns_of_too_little_room(tmp_path):
     assert is_whole(tmp_path / "mine", dump_bytes(SIZE))
 
 
+@pytest.mark.parametrize("settle", [True, False])
+def test_a_file_is_followed_while_it_is_written(tmp_path, settle, monkeypatch):
+    read_afterwards = []
+
+    def piece_digest(descriptor, file_offset, size, digest=manifest_module.piece_digest):
+        read_afterwards.append(file_offset // PIECE_SIZE)
+        return digest(descriptor, file_offset, size)
+
+    monkeypatch.setattr(manifest_module, "piece_digest", piece_digest)
+    data = dump_bytes(4 * PIECE_SIZE + 1000)
+    head = 100_000
+    target = parse_target(str(tmp_path / "mine"))
+    target.begin(CRASH, Heartbeat())
+    descriptor = target.open()
+    for at in range(head, len(data), 1 << 20):
+        os.pwrite(descriptor, data[at : at + (1 << 20)], at)
+        if settle:
+            target.settled(head, min(at + (1 << 20), len(data)))
+    deadline = time.monotonic() + 20
+    while settle and len(target._follower.pieces) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.pwrite(descriptor, data[:head], 0)
+    target.commit(contents())
+    assert sorted(read_afterwards) == ([0, 4] if settle else [0, 1, 2, 3, 4])
+    assert is_whole(tmp_path / "mine", data)
+
+
+def test_a_writer_says_what_is_settled(tmp_path):
+    def write(descriptor, beat):
+        data = dump_bytes(2 * PIECE_SIZE)
+        os.pwrite(descriptor, data, 0)
+        beat()
+        beat(0, len(data))
+        return contents()
+
+    save(write, [parse_target(str(tmp_path / "mine"))], CRASH)
+    assert is_whole(tmp_path / "mine", dump_bytes(2 * PIECE_SIZE))
+
+
 # -- one target after the other
 
 
@@ -300,8 +341,6 @@ def test_a_heartbeat_is_heard_by_other_processes():
 
 
 def test_standard_output_gets_the_flattened_stream(tmp_path):
-    from crashkernel.capture.target.stream import StdoutTarget
-
     with (tmp_path / "out").open("wb") as out:
         saved = save(writer(SIZE), [StdoutTarget(descriptor=out.fileno())], CRASH, files=FILES)
     assert (tmp_path / "out").read_bytes() == flattened(dump_bytes(SIZE))
@@ -310,8 +349,6 @@ def test_standard_output_gets_the_flattened_stream(tmp_path):
 
 
 def test_a_terminal_is_refused():
-    from crashkernel.capture.target.stream import StdoutTarget
-
     master, terminal = os.openpty()
     try:
         with pytest.raises(NoTargetLeft, match="standard output: it is a terminal"):
@@ -322,8 +359,6 @@ def test_a_terminal_is_refused():
 
 
 def test_a_reader_that_leaves_is_told(tmp_path):
-    from crashkernel.capture.target.stream import StdoutTarget
-
     reader, out = os.pipe()
     os.close(reader)
     try:
@@ -334,8 +369,6 @@ def test_a_reader_that_leaves_is_told(tmp_path):
 
 
 def test_what_is_lost_on_the_last_stretch_is_told():
-    from crashkernel.capture.target.stream import StdoutTarget
-
     # all of the dump goes into the pipe at once: only the relay sees that the disk is full
     with Path("/dev/full").open("wb") as full, pytest.raises(NoTargetLeft, match="standard output: No space left on device"):
         save(writer(1000), [StdoutTarget(descriptor=full.fileno())], CRASH)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, cast, get_args
@@ -86,28 +86,47 @@ def digest_of_pieces(pieces: bytes) -> Digest:
 
 
 def digest_file(
-    descriptor: int, size: int, *, start: int = 0, workers: int | None = None, progress: Callable[[], None] = lambda: None
+    descriptor: int,
+    size: int,
+    *,
+    start: int = 0,
+    workers: int | None = None,
+    known: Mapping[int, bytes] | None = None,
+    progress: Callable[[], None] = lambda: None,
 ) -> Digest:
     """The digest of `size` bytes of an open file from file offset `start` on, by so many threads (default: one for each CPU).
 
-    `progress` is called after each piece. Memory does not grow with the file but for 32 bytes a piece.
+    `known` has the sha256 of pieces, by their number, that are not to be read again. `progress` is called after each piece.
+    Memory does not grow with the file but for 32 bytes a piece.
 
     :raise OSError: it cannot be read, or ends before.
     """
 
-    def of_piece(file_offset: int) -> bytes:
-        digest, end = hashlib.sha256(), min(file_offset + PIECE_SIZE, start + size)
-        while file_offset < end:
-            data = os.pread(descriptor, min(_READ_SIZE, end - file_offset), file_offset)
-            if not data:
-                raise OSError(0, f"the file ends at {file_offset:,}, before its {start + size:,} bytes")
-            digest.update(data)
-            file_offset += len(data)
+    def of_piece(number: int) -> bytes:
+        if known and number in known:
+            return known[number]
+        file_offset = start + number * PIECE_SIZE
+        digest = piece_digest(descriptor, file_offset, min(PIECE_SIZE, start + size - file_offset))
         progress()
-        return digest.digest()
+        return digest
 
     with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
-        return digest_of_pieces(b"".join(pool.map(of_piece, range(start, start + size, PIECE_SIZE))))
+        return digest_of_pieces(b"".join(pool.map(of_piece, range(-(-size // PIECE_SIZE)))))
+
+
+def piece_digest(descriptor: int, file_offset: int, size: int) -> bytes:
+    """The sha256 of `size` bytes of an open file.
+
+    :raise OSError: it cannot be read, or ends before.
+    """
+    digest, end = hashlib.sha256(), file_offset + size
+    while file_offset < end:
+        data = os.pread(descriptor, min(_READ_SIZE, end - file_offset), file_offset)
+        if not data:
+            raise OSError(0, f"the file ends at {file_offset:,}, before its {end:,} bytes")
+        digest.update(data)
+        file_offset += len(data)
+    return digest.digest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -186,6 +186,8 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version = "crashkernel"
     sys_version = ""
+    disable_nagle_algorithm = True  # an answer waits for nothing
+    wbufsize = -1  # and goes in one packet
     server: _Server
     _timed: _Timed
     _unread: bool
@@ -242,6 +244,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(body)
+        self.wfile.flush()
 
     def _put(self) -> tuple[dict[str, Any], int]:
         given = self.headers.get("Authorization", "").removeprefix("Bearer ").strip()

@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 from crashkernel.capture.encryption import Encryption
 from crashkernel.capture.target.base import DUMP, INCOMPLETE, LOG, Heartbeat, Saved, Target, TargetFailed
 from crashkernel.capture.target.local import FileStreamTarget, FileTarget
-from crashkernel.capture.target.saving import STALL, NoTargetLeft, Write, save
+from crashkernel.capture.target.saving import STALL, Beat, NoTargetLeft, Write, save
 from crashkernel.capture.target.stream import StdoutTarget
 from crashkernel.errors import UsageError
 
@@ -24,6 +24,7 @@ __all__ = [
     "INCOMPLETE",
     "LOG",
     "STALL",
+    "Beat",
     "Heartbeat",
     "NoTargetLeft",
     "Saved",

@@ -60,7 +60,8 @@ class Heartbeat:
 
 
 class Target(Protocol):
-    """Where a dump goes. Calls come in this order: `begin`, `put` (any number), `open`, then `commit` or `abort`.
+    """Where a dump goes. Calls come in this order: `begin`, `put` (any number), `open`, then `settled` (if at all)
+    while it is written, then `commit` or `abort`.
 
     All but `abort` and `warnings` raise `TargetFailed` or OSError. Whatever happens, also if the process is killed between
     any two instructions: nothing but a whole dump bears a dump's name.
@@ -88,6 +89,10 @@ class Target(Protocol):
 
     def open(self) -> int:
         """The descriptor to write the dump to; a seekable file, or a pipe. It stays the target's to close."""
+        ...
+
+    def settled(self, start: int, end: int) -> None:
+        """The file's bytes from offset `start` to `end` will not be written again: the target may see to them already."""
         ...
 
     def commit(self, contents: Contents) -> Saved:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from pathlib import Path
 
 from crashkernel.capture.encryption import SUFFIX, Encryption
-from crashkernel.capture.manifest import Contents, Manifest, digest_file, manifest_name
+from crashkernel.capture.manifest import PIECE_SIZE, Contents, Manifest, digest_file, manifest_name, piece_digest
 from crashkernel.capture.target.base import DUMP, Heartbeat, Saved, TargetFailed
 from crashkernel.capture.target.files import create_file, flush, make_directory, name_dump, put_file, write_all
 from crashkernel.capture.target.stream import StreamTarget
@@ -88,6 +89,54 @@ class Place:
         return warnings
 
 
+class Follower:
+    """Takes the digests of a file's pieces while the rest is being written.
+
+    What was just written is still in memory. Afterwards it would have to come from the disk, and a capture kernel would wait for
+    each byte; and a disk that stored something else would be believed.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self.pieces: dict[int, bytes] = {}
+        self._descriptor = descriptor
+        self._change = threading.Condition()
+        self._next = self._end = 0  # numbers of pieces: those in between are to be done
+        self._thread: threading.Thread | None = None
+        self._stopped = False
+
+    def settled(self, start: int, end: int) -> None:
+        """The bytes from `start` to `end` will not be written again."""
+        first, last = -(-start // PIECE_SIZE), end // PIECE_SIZE
+        if last <= max(self._end, first):
+            return
+        with self._change:
+            self._next, self._end = max(self._next, first), last
+            self._change.notify()
+        if self._thread is None:  # only now: a writer may have forked before
+            self._thread = threading.Thread(target=self._run, name="digest", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Nothing more is to be done; what is in hand is finished."""
+        with self._change:
+            self._stopped = True
+            self._change.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        with contextlib.suppress(OSError):  # whoever takes the whole digest will meet it again
+            while True:
+                with self._change:
+                    while self._next >= self._end and not self._stopped:
+                        self._change.wait()
+                    if self._stopped:
+                        return
+                    number = self._next
+                    self._next += 1
+                self.pieces[number] = piece_digest(self._descriptor, number * PIECE_SIZE, PIECE_SIZE)
+
+
 class FileTarget:
     """A file, written at any offset and by any number of processes."""
 
@@ -97,6 +146,7 @@ class FileTarget:
         self.leftover: Path | None = None
         self._alive = Heartbeat()
         self._descriptor: int | None = None
+        self._follower: Follower | None = None
 
     failure = None  # whoever writes to a file sees for itself
 
@@ -116,14 +166,22 @@ class FileTarget:
     def open(self) -> int:
         """A new file with an incomplete name."""
         self._descriptor, self.leftover = self._place.create(self._place.dump_name(DUMP))
+        self._follower = Follower(self._descriptor)
         return self._descriptor
+
+    def settled(self, start: int, end: int) -> None:
+        """Take the digest of these bytes now."""
+        assert self._follower is not None
+        self._follower.settled(start, end)
 
     def commit(self, contents: Contents) -> Saved:
         """Flush it, take its digest, and give it its name."""
         assert self._descriptor is not None
         assert self.leftover is not None
+        assert self._follower is not None
+        self._follower.stop()
         size = flush(self._descriptor, self._alive)
-        digest = digest_file(self._descriptor, size, progress=self._alive.beat)
+        digest = digest_file(self._descriptor, size, known=self._follower.pieces, progress=self._alive.beat)
         name = self._place.dump_name(DUMP)
         saved = self._place.finish(self.leftover, Manifest(name, size, digest, contents))
         self._close()
@@ -135,6 +193,8 @@ class FileTarget:
         self._close()
 
     def _close(self) -> None:
+        if self._follower is not None:
+            self._follower.stop()
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None

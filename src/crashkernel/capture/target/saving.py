@@ -17,14 +17,23 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Pipe
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from crashkernel.capture.manifest import Contents
 from crashkernel.capture.target.base import Heartbeat, Saved, Target, TargetFailed
 from crashkernel.errors import CrashkernelError, EnvironmentFault
 
-Write = Callable[[int, Callable[[], None]], Contents]
-"""Writes the dump to a descriptor, and calls the function it is given whenever it has got on with it."""
+
+class Beat(Protocol):
+    """What a writer calls whenever it has got on."""
+
+    def __call__(self, start: int = 0, end: int = 0) -> None:
+        """There is progress; and the dump's bytes from offset `start` to `end` (if any) will not be written again."""
+        ...
+
+
+Write = Callable[[int, Beat], Contents]
+"""Writes the dump to a descriptor."""
 
 STALL = 60.0  # seconds
 
@@ -123,7 +132,12 @@ class _Attempt:
             self._alive.beat()
         descriptor = target.open()
         self._send.send(("leftover", target.leftover))
-        return target.commit(write(descriptor, self._alive.beat))
+
+        def beat(start: int = 0, end: int = 0) -> None:
+            self._alive.beat()
+            target.settled(start, end)
+
+        return target.commit(write(descriptor, beat))
 
     def _live(self, parent: int, work: Callable[[_Attempt], Saved]) -> NoReturn:
         """The child's life; it ends with its process, and never returns into the capture it was forked from."""

@@ -109,6 +109,9 @@ class StreamTarget:
         self._relay.start()
         return self._pipe
 
+    def settled(self, start: int, end: int) -> None:
+        """Of no use: a stream is seen to as it comes."""
+
     def commit(self, contents: Contents) -> Saved:
         """See the stream to its end, and the dump made whole."""
         self._close_pipe()
