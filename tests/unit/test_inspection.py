@@ -303,11 +303,9 @@ class TestBacktrace:
         with pytest.raises(EnvironmentFault, match=r"drgn: .*\(is .* the vmlinux, with debug symbols"):
             self.trace(path, stored(tmp_path, b"no ELF", "vmlinux"))
 
-    @every_machine
-    def test_follows_the_chain_of_frames(self, tmp_path, machine, page_size):
+    @pytest.mark.parametrize(("machine", "page_size"), MACHINES[:3])
+    def test_follows_the_chain_of_frames(self, machine, page_size):
         """Three frames on a stack in the kernel's memory; the fourth is a user's."""
-        if machine == "x86_64":
-            pytest.skip("drgn unwinds it")
         kernel = kernel_of(machine, page_size)
         stack = kernel.linear + 0x1F0000
         for at, following, place in (

@@ -3,7 +3,7 @@
 References: 64-Bit ELF V2 ABI Specification, Power Architecture, 2.2.2 (a stack frame begins with the address of its caller's,
 and 16 bytes into that is where the callee returns to); Linux `arch/powerpc/kernel/stacktrace.c`.
 
-On x86_64 drgn unwinds the stack itself. On ppc64 it stops at the panic, and it cannot read kdump-compressed dumps of 4 KiB pages:
+On x86_64 drgn unwinds the stack itself. On ppc64 it stops at the panic, and cannot read kdump-compressed dumps of 4 KiB pages;
 there the chain of frames is followed here, through our own reader, and drgn only names the addresses.
 """
 
@@ -57,7 +57,7 @@ def backtrace(dump: Dump, registers: Mapping[str, int], vmlinux: Path) -> tuple[
 
 
 def _load(drgn: Any, program: Any, vmlinux: Path) -> None:
-    """Load the kernel's symbols. Those of its modules are missing, which drgn may call an error; another kernel's it ignores."""
+    """Load the kernel's symbols. That those of its modules are missing drgn may call an error; another kernel's it ignores."""
     with contextlib.suppress(drgn.MissingDebugInfoError):
         program.load_debug_info([str(vmlinux)])
     program.symbol(_ANY_SYMBOL)
