@@ -92,8 +92,8 @@ class Place:
 class Follower:
     """Takes the digests of a file's pieces while the rest is being written.
 
-    What was just written is still in memory. Afterwards it would have to come from the disk, and a capture kernel would wait for
-    each byte; and a disk that stored something else would be believed.
+    What was just written is still in memory. Afterwards it would have to come from the disk: a capture kernel would wait, and
+    a disk that stored something else would be believed.
     """
 
     def __init__(self, descriptor: int) -> None:
