@@ -1,11 +1,12 @@
-"""The pages that the filter keeps, against those that makedumpfile keeps: every level, every vmcore there is, two of its releases.
+"""The pages that the filter keeps, against those that makedumpfile keeps: every level, every vmcore there is, two releases.
 
-It makes no vmcore. It takes `$CRASHKERNEL_VMCORES/*.vmcore` (any kernels of x86_64 and ppc64le) and what `make bench-capture` left
-in the cache.
+It makes no vmcore. It takes `$CRASHKERNEL_VMCORES/*.vmcore` (any kernels of x86_64 and ppc64le) and what `make bench-capture`
+left in the cache.
 
-Two things of a kernel's are put into words that makedumpfile knows, in a copy of the vmcore, for it would read something else than
-page structs otherwise (what it does then is in `pagefilter`'s docstring): `compound_info` of 7.1 and later is called `compound_head`,
-and a ppc64 kernel of the radix MMU with 4 KiB pages gets the list that a kernel of the hash MMU keeps of where its page structs are.
+Two things of a kernel's are put into words that makedumpfile knows, in a copy of the vmcore, for otherwise it would read
+something else than page structs (`pagefilter`'s docstring has what it does then): `compound_info` of 7.1 and later is called
+`compound_head`, and a ppc64 kernel with 4 KiB pages and the radix MMU gets the list that one with the hash MMU keeps of where
+its page structs are.
 """
 
 import os
@@ -60,28 +61,33 @@ def kept_by(program: Makedumpfile, vmcore: Path, level: int) -> tuple[np.ndarray
 
 def bitmaps(stream) -> tuple[np.ndarray, np.ndarray]:
     flattened.check_header(stream.read(flattened.HEADER_SIZE))
-    start = bytearray()
-    covered = 0
-    end = None
-    while end is None or covered < end:
+    start = bytearray(464)  # a struct disk_dump_header
+    records: list[tuple[int, int]] = []
+    first = size = 0
+    while not size or sum(max(0, min(end, first + 2 * size) - max(at, first)) for at, end in records) < 2 * size:
         record = flattened.read_record_header(stream.read(flattened.RECORD_HEADER_SIZE), 0)
         assert record is not None, "the stream ends before the bitmaps do"
         data = stream.read(record.size)
-        if end is None or record.file_offset < end:
-            start.extend(bytes(max(0, record.file_offset + record.size - len(start))))
-            start[record.file_offset : record.file_offset + record.size] = data
-            covered += record.size
-        if end is None and len(start) >= 464:
-            # struct disk_dump_header: block_size, sub_hdr_size, bitmap_blocks behind 416 bytes and the time
-            block_size, sub_blocks, blocks = struct.unpack_from("<iiI", start, 428)
+        if not size or record.file_offset < first + 2 * size:
+            end = record.file_offset + record.size
+            records.append((record.file_offset, end))
+            start.extend(bytes(max(0, end - len(start))))
+            start[record.file_offset : end] = data
+        if not size and start.startswith(b"KDUMP   "):
+            block_size, sub_blocks, blocks = struct.unpack_from("<iiI", start, 428)  # block_size, sub_hdr_size, bitmap_blocks
             first, size = (1 + sub_blocks) * block_size, blocks * block_size // 2
-            end = first + 2 * size
-    return tuple(
-        np.unpackbits(np.frombuffer(start[at : at + size], np.uint8), bitorder="little") for at in (first, first + size)
-    )
+    present, kept = (np.frombuffer(start[at : at + size], np.uint8) for at in (first, first + size))
+    return np.unpackbits(present, bitorder="little"), np.unpackbits(kept, bitorder="little")
 
 
 # ------------------------------------------------------------------------------------------------------ what we have for it
+
+
+@pytest.fixture
+def scratch(tmp_path):
+    """A directory that is gone after the test: copies are large, and pytest keeps its own."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
 
 
 def in_its_words(vmcore: Path, scratch: Path) -> Path:
@@ -101,7 +107,7 @@ def in_its_words(vmcore: Path, scratch: Path) -> Path:
 
 def renamed(source: ElfVmcore):
     if "OFFSET(page.compound_info)" in source.vmcoreinfo:
-        with open(source.name, "rb") as file:
+        with Path(source.name).open("rb") as file:
             at = file.read(1 << 20).index(b"OFFSET(page.compound_info)")
         yield at, b"OFFSET(page.compound_head)"
 
@@ -156,8 +162,8 @@ def test_there_is_a_corpus():
 
 
 @pytest.mark.parametrize("vmcore", corpus(), ids=name)
-def test_every_page_at_every_level(vmcore, tmp_path):
-    copy = in_its_words(vmcore, tmp_path)
+def test_every_page_at_every_level(vmcore, scratch):
+    copy = in_its_words(vmcore, scratch)
     with ElfVmcore(vmcore) as source:
         release = tuple(int(part) for part in source.vmcoreinfo.release.split(".")[:2])
         programs = [
