@@ -1,5 +1,6 @@
 import os
 import random
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crashkernel.capture import bitmap, dumpbytes, dumpfile
+from crashkernel.capture import bitmap, dumpbytes, dumpfile, structure
 from crashkernel.capture.dumpbytes import FlattenedFile, PlainFile
 from crashkernel.capture.dumpfile import DamagedPage, KdumpFile, StoredPages, cut_off, is_flattened, open_dump, stored_pages
 from crashkernel.capture.selection import PageClass
@@ -302,6 +303,11 @@ def faults_of(tmp_path, data: bytes) -> str:
     return "\n".join(found.first)
 
 
+def kill_me(*_) -> list[str]:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return []
+
+
 class TestStructure:
     """Each fault is found, and named."""
 
@@ -438,6 +444,26 @@ class TestStructure:
         found = check_structure(opened(tmp_path, bytes(data)))
         assert found.count == 500
         assert len(found.first) == 50
+
+    def test_many_processes_find_the_same(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(structure, "_WORTH_A_FORK", 1)
+        dump = Kdump(pages(range(3000), 0x1000), codec="zlib")
+        data = bytearray(dump.to_bytes())
+        for pfn in (11, 1501, 1502, 2999):
+            data[dump.places[pfn]] ^= 0xFF
+        found = opened(tmp_path, bytes(data))
+        told = []
+        alone = check_structure(found)
+        assert alone.count == 3  # a page of noise is stored as it is
+        assert check_structure(found, lambda done, total: told.append((done, total)), workers=3) == alone
+        assert told == sorted(told)
+        assert told[-1] == (3000, 3000)
+
+    def test_a_process_that_is_killed(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(structure, "_WORTH_A_FORK", 1)
+        monkeypatch.setattr(structure, "_bad_pages_of_ours", kill_me)
+        with pytest.raises(EnvironmentFault, match="was killed"):
+            check_structure(opened(tmp_path, Kdump(pages(range(9)))), workers=2)
 
     def test_tells_how_far_it_is(self, tmp_path):
         told = []

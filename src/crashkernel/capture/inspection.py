@@ -361,7 +361,8 @@ def check_digest(path: Path, manifest: Manifest, start: int, faults: FaultList, 
 def _check_contents(dump: Dump, manifest: Manifest | None, faults: FaultList, tell: Tell) -> str:
     """The structure, and that the dump is the one that its manifest describes."""
     if isinstance(dump, KdumpFile):
-        found = check_structure(dump, lambda done, total: tell("pages", done, total))
+        workers = len(os.sched_getaffinity(0))
+        found = check_structure(dump, lambda done, total: tell("pages", done, total), workers=workers)
         faults.extend(found)
         pages = dump.pages
         check = f"{pages:,} pages: each descriptor, and that each can be had"

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import get_context
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,9 +16,11 @@ from numpy.typing import NDArray
 from crashkernel.capture.bitmap import PIECE, Pfns
 from crashkernel.capture.dumpfile import DamagedPage, KdumpFile, cut_off
 from crashkernel.capture.selection import MAX_DUMP_LEVEL
+from crashkernel.errors import EnvironmentFault
 from crashkernel.formats import diskdump
 
 _BATCH_BYTES = 1 << 20  # of pages that are looked at together
+_WORTH_A_FORK = 1 << 14  # pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +56,13 @@ class FaultList:
         return Faults(self.count, tuple(self.first))
 
 
-def check_structure(dump: KdumpFile, tell: Callable[[int, int], None] = lambda _done, _all: None) -> Faults:
+def check_structure(
+    dump: KdumpFile, tell: Callable[[int, int], None] = lambda _done, _all: None, *, workers: int = 1
+) -> Faults:
     """Find every fault of a kdump-compressed dump's structure: in its bitmaps, in each descriptor, in each page's data.
 
-    `tell` is called with how many pages were gone over, and of how many. Headers that make no sense were found on opening it.
+    `tell` is called with how many pages were gone over, and of how many; `workers` is how many processes look at the pages.
+    Headers that make no sense were found on opening it.
 
     :raise EnvironmentFault: the file cannot be read, or a codec is not installed.
     """
@@ -64,17 +74,63 @@ def check_structure(dump: KdumpFile, tell: Callable[[int, int], None] = lambda _
         faults.add(f"the file ends at {dump.data.size:#x}, in its page descriptors, which end at {end:#x}")
     shared = dump.shared_zeros()
     done = 0
-    for pfns, rows in dump.batches(max(1, _BATCH_BYTES // dump.page_size)):
+    for pfns, rows, bad in _checked(dump, workers):
         end = _check_places(dump, pfns, rows, end, shared, faults)
-        for _, result in dump.try_pages(pfns, rows):
-            if isinstance(result, DamagedPage):
-                faults.add(f"page frame {result.pfn:#x}: {result.reason}")
+        for text in bad:
+            faults.add(text)
         done += len(pfns)
         tell(done, dump.pages)
     erase = dump.sub_header.eraseinfo
     if erase.size and erase.file_offset + erase.size > dump.data.size:
         faults.add(f"its erase information, {erase.size:#x} bytes at {erase.file_offset:#x}, is not in the file")
     return faults.all()
+
+
+_Batch = tuple[Pfns, NDArray[np.void]]
+
+
+def _checked(dump: KdumpFile, workers: int) -> Iterator[tuple[Pfns, NDArray[np.void], list[str]]]:
+    """Yield all pages in order, some at a time, their descriptors, and what is wrong with their data."""
+    batches = dump.batches(max(1, _BATCH_BYTES // dump.page_size))
+    if workers < 2 or dump.pages < _WORTH_A_FORK:
+        for pfns, rows in batches:
+            yield pfns, rows, _bad_pages(dump, pfns, rows)
+        return
+    waiting: deque[tuple[_Batch, Future[list[str]]]] = deque()
+    with ProcessPoolExecutor(workers, get_context("fork"), _adopt, (dump,)) as pool:
+        try:
+            for batch in batches:
+                waiting.append((batch, pool.submit(_bad_pages_of_ours, *batch)))
+                if len(waiting) > 4 * workers:
+                    (pfns, rows), bad = waiting.popleft()
+                    yield pfns, rows, bad.result()
+            for (pfns, rows), bad in waiting:
+                yield pfns, rows, bad.result()
+        except BrokenProcessPool as error:
+            raise EnvironmentFault("a process that was checking pages was killed", hint="is memory short?") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _bad_pages(dump: KdumpFile, pfns: Pfns, rows: NDArray[np.void]) -> list[str]:
+    return [
+        f"page frame {result.pfn:#x}: {result.reason}"
+        for _, result in dump.try_pages(pfns, rows)
+        if isinstance(result, DamagedPage)
+    ]
+
+
+_ours: list[KdumpFile] = []
+"""In a process that checks pages: the dump, which came with the fork."""
+
+
+def _adopt(dump: KdumpFile) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is the first process's to answer
+    _ours.append(dump)
+
+
+def _bad_pages_of_ours(pfns: Pfns, rows: NDArray[np.void]) -> list[str]:
+    return _bad_pages(_ours[0], pfns, rows)
 
 
 def _check_headers(dump: KdumpFile, faults: FaultList) -> None:

@@ -16,7 +16,7 @@ kernel's byte order and have the sizes that they have on a 64-bit machine: dumps
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 from crashkernel.errors import FormatError, UsageError
 from crashkernel.formats.elf import NT_PRSTATUS, ByteOrder, iter_notes
@@ -37,7 +37,6 @@ EXCLUDED_VMEMMAP = 0x10
 """Page structs that nothing uses were dropped (makedumpfile -e)."""
 
 DESCRIPTOR_SIZE = 24
-_DESCRIPTOR = "QIIQ"  # offset, size, flags, page_flags
 
 BLOCK_SIZES = (0x1000, 0x2000, 0x4000, 0x8000, 0x10000)
 
@@ -69,25 +68,6 @@ def descriptor_dtype(byteorder: ByteOrder) -> list[tuple[str, str]]:
     """A page descriptor (struct page_desc) as numpy's `dtype` takes it: offset and size in the file, flags, page_flags."""
     order = _order(byteorder)
     return [("offset", f"{order}u8"), ("size", f"{order}u4"), ("flags", f"{order}u4"), ("page_flags", f"{order}u8")]
-
-
-@dataclass(frozen=True, slots=True)
-class PageDescriptor:
-    """A page's data: `size` bytes at `file_offset`; `flags` names the codec, 0 is a page as it is."""
-
-    file_offset: int
-    size: int
-    flags: int
-    page_flags: int = 0
-
-    @classmethod
-    def from_bytes(cls, data: bytes, byteorder: ByteOrder) -> PageDescriptor:
-        """Read one; `data` has `DESCRIPTOR_SIZE` bytes."""
-        return cls(*struct.unpack(_order(byteorder) + _DESCRIPTOR, data))
-
-    def to_bytes(self, byteorder: ByteOrder) -> bytes:
-        """The descriptor as it is stored."""
-        return struct.pack(_order(byteorder) + _DESCRIPTOR, self.file_offset, self.size, self.flags, self.page_flags)
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,11 +321,6 @@ class DumpLayout:
         )
         headers = main.to_bytes().ljust(page_size, b"\0") + sub.to_bytes(byteorder) + notes
         return cls(main, sub, headers.ljust(main.bitmap1_offset, b"\0"))
-
-    def incomplete(self) -> bytes:
-        """The headers of a dump whose writer ran out of space: for the start of the file, in place of `headers`."""
-        main = replace(self.main, status=self.main.status | INCOMPLETE)
-        return main.to_bytes() + self.headers[MAIN_SIZE:]
 
     @property
     def bitmap1_offset(self) -> int:
