@@ -8,6 +8,7 @@ import signal
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -588,6 +589,33 @@ def test_a_token_is_a_secret_of_some_length(tmp_path, text, says):
         (tmp_path / "token").write_text(text)
     with pytest.raises(UsageError, match=says):
         parse_target("http://host/", TargetOptions(token_file=tmp_path / "token"))
+
+
+@pytest.mark.parametrize("data", [None, b"", b"no certificate"])
+def test_certificates_that_are_none(options, tmp_path, data):
+    if data is not None:
+        (tmp_path / "ca.pem").write_bytes(data)
+    with pytest.raises(UsageError, match="cannot read the certificates"):
+        parse_target("https://host/", TargetOptions(token_file=options.token_file, ca_file=tmp_path / "ca.pem"))
+
+
+def test_a_capture_kernel_needs_no_tls(options):
+    # nor OpenSSL's digests: what its initramfs has of Python is little
+    script = (
+        "import sys; sys.modules['_ssl'] = sys.modules['_hashlib'] = None\n"
+        "from pathlib import Path\n"
+        "from crashkernel.capture.target import TargetOptions, parse_target\n"
+        "from crashkernel.errors import EnvironmentFault\n"
+        f"options = TargetOptions(token_file=Path({str(options.token_file)!r}))\n"
+        "print(parse_target('http://host/', options).name)\n"
+        "try: parse_target('https://host/', options)\n"
+        "except EnvironmentFault as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == [
+        "http://host/",
+        "this Python has no TLS (its module _ssl and OpenSSL's libraries are missing)",
+    ], done.stderr
 
 
 def test_a_receiver_wants_a_token():

@@ -12,7 +12,6 @@ import hashlib
 import os
 import shlex
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import BinaryIO
 
@@ -107,7 +106,7 @@ class SshTarget(StreamTarget):
         self._run_there(_PUT, self._directory, name, hashlib.sha256(data).hexdigest(), data=data)
 
     def _start(self) -> None:
-        self._says = tempfile.TemporaryFile()  # noqa: SIM115 - as long-lived as ssh
+        self._says = os.fdopen(os.memfd_create("ssh"), "w+b")
         self._ssh = subprocess.Popen(
             self._remote(_FILL, self._directory, DUMP + INCOMPLETE),
             stdin=subprocess.PIPE,

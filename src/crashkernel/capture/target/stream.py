@@ -15,7 +15,6 @@ import fcntl
 import os
 import stat
 import subprocess
-import tempfile
 import threading
 from pathlib import Path
 from typing import BinaryIO
@@ -96,7 +95,7 @@ class StreamTarget:
         source, self._pipe = _pipe()
         if self._encryption:
             encrypted, sink = _pipe()
-            self._age_says = tempfile.TemporaryFile()  # noqa: SIM115 - as long-lived as age
+            self._age_says = os.fdopen(os.memfd_create("age"), "w+b")
             try:
                 self._age = self._encryption.start(source, sink, self._age_says)
             except OSError as error:

@@ -22,7 +22,7 @@ from crashkernel.capture.encryption import Encryption
 from crashkernel.capture.manifest import PIECE_SIZE, Manifest
 from crashkernel.capture.target.base import SLOWEST, Heartbeat, Saved, TargetFailed
 from crashkernel.capture.target.stream import StreamTarget
-from crashkernel.errors import CrashkernelError, UsageError
+from crashkernel.errors import CrashkernelError, EnvironmentFault, UsageError
 
 if TYPE_CHECKING:
     import ssl
@@ -55,6 +55,7 @@ class WebTarget(StreamTarget):
         """A receiver at host and port (default: HTTP's), which keeps crashes in its directory `prefix` ("" for its own).
 
         :raise UsageError: the token or the certificates cannot be read.
+        :raise EnvironmentFault: this Python has no TLS.
         """
         scheme = "https" if tls else "http"
         where = f"[{host}]" if ":" in host else host
@@ -62,14 +63,7 @@ class WebTarget(StreamTarget):
         super().__init__(self._url + prefix, encryption)
         self._host, self._port, self._prefix = host, port, prefix
         self._token = read_token(token_file)
-        self._tls: ssl.SSLContext | None = None
-        if tls:
-            import ssl  # noqa: PLC0415 - megabytes of libraries that a capture kernel without https need not have
-
-            try:
-                self._tls = ssl.create_default_context(cafile=str(ca_file) if ca_file else None)
-            except (OSError, ssl.SSLError) as error:
-                raise UsageError(f"cannot read the certificates in {ca_file}: {error}") from error
+        self._tls = _trusting(ca_file) if tls else None
         self._stall = stall
         self._stopped = threading.Event()
         self._connection: http.client.HTTPConnection | None = None
@@ -186,6 +180,17 @@ class WebTarget(StreamTarget):
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+
+def _trusting(ca_file: Path | None) -> ssl.SSLContext:
+    try:
+        import ssl  # noqa: PLC0415 - megabytes of libraries that a capture kernel without https need not have
+    except ImportError as error:
+        raise EnvironmentFault("this Python has no TLS", hint="its module _ssl and OpenSSL's libraries are missing") from error
+    try:
+        return ssl.create_default_context(cafile=str(ca_file) if ca_file else None)
+    except OSError as error:  # ssl.SSLError is one
+        raise UsageError(f"cannot read the certificates in {ca_file}: {error}", hint="a PEM file is wanted") from error
 
 
 def read_token(path: Path) -> str:
