@@ -52,6 +52,9 @@ if TYPE_CHECKING:
 
 CAPTURE_CMDLINE = "console=hvc0 irqpoll reset_devices rdinit=/init"
 _ONE_CPU = " maxcpus=1"
+# As tmpfs the root may take half of the memory that is free while its archive is still there (init_rootfs, init/do_mounts.c),
+# and what goes beyond is silently left out.
+_WHOLE_ROOT = " rootfstype=ramfs"
 _CRASHED_PID = 1  # the drill's init crashes K1 itself
 
 
@@ -427,7 +430,7 @@ def _build(
     directory = wiring.directory
     arguments, token = (arriving.arguments, arriving.token) if arriving else ((), "")
     capture = build_capture_image(scenario.k2, userland, directory / "capture.cpio", capture_args=arguments, token=token)
-    cmdline = CAPTURE_CMDLINE + ("" if scenario.all_cpus else _ONE_CPU)
+    cmdline = CAPTURE_CMDLINE + ("" if scenario.all_cpus else _ONE_CPU) + (_WHOLE_ROOT if arriving else "")
     append = cmdline + (" crashkernel.mode=bare" if loader == "kexec-tools" else "")
     return build_crash_image(
         scenario.k1,
