@@ -66,7 +66,7 @@ class Bitmap:
 
     def count(self) -> int:
         """How many page frames are set."""
-        return sum(int(_POPULATION[data].sum(dtype=np.int64)) for _, data in self.pieces())
+        return sum(int(_POPULATION[data].sum(dtype=np.int64)) for _, data in self.pieces() if data.any())
 
     def stretches(self) -> Iterator[tuple[int, int]]:
         """Yield half-open ranges of page frames that are set, ascending; two may touch."""
@@ -93,6 +93,8 @@ class Directory:
         counts = np.zeros(-(-bitmap.max_pfn // pages) + 1, np.int64)
         block_size = pages // 8
         for pfn, data in bitmap.pieces():
+            if not data.any():
+                continue
             bits = _POPULATION[data]
             if block_size >= len(bits):
                 counts[pfn // pages + 1] += int(bits.sum(dtype=np.int64))
