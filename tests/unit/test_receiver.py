@@ -19,6 +19,7 @@ from crashkernel.capture.manifest import PIECE_SIZE, Digest, Manifest, PieceHash
 from crashkernel.capture.receiver import Receiver
 from crashkernel.capture.target import LOG, NoTargetLeft, TargetOptions, parse_target, save
 from crashkernel.capture.uploads import JOURNALS, Uploads
+from crashkernel.cli import main
 from crashkernel.errors import EnvironmentFault, UsageError
 from support.dumps import RECORD, claims, contents, dump_bytes, flattened, is_whole, writer
 from support.receiving import TOKEN, ReceiverProcess
@@ -567,6 +568,9 @@ def test_a_directory_has_one_receiver(store):
 def test_no_directory_no_receiver(tmp_path):
     with pytest.raises(EnvironmentFault, match="cannot receive into"):
         Uploads(tmp_path / "missing")
+    (tmp_path / JOURNALS).symlink_to("/tmp")
+    with pytest.raises(EnvironmentFault, match="is no directory to store into"):
+        Uploads(tmp_path)
 
 
 def test_an_address_that_is_taken(store, tmp_path):
@@ -621,3 +625,22 @@ def test_a_capture_kernel_needs_no_tls(options):
 def test_a_receiver_wants_a_token():
     with pytest.raises(UsageError, match="wants a token"):
         parse_target("http://host/")
+
+
+@pytest.mark.parametrize(
+    ("options", "mode", "says"),
+    [
+        ([], 0o644, "others may read"),
+        (["--listen", "8790"], 0o600, "no address"),
+        (["--listen", "host:port"], 0o600, "no address"),
+        (["--listen", "host:99999"], 0o600, "no address"),
+        (["--limit", "much"], 0o600, "a size is written like"),
+        (["--tls-key", "key"], 0o600, "nothing without --tls-cert"),
+        (["--tls-cert", "missing"], 0o600, "cannot use missing"),
+    ],
+)
+def test_a_request_that_makes_no_sense(store, tmp_path, capsys, options, mode, says):
+    (tmp_path / "token").write_text(TOKEN)
+    (tmp_path / "token").chmod(mode)
+    assert main(["receive", str(store), "--token-file", str(tmp_path / "token"), *options]) == 2
+    assert says in capsys.readouterr().err

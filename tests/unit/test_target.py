@@ -312,6 +312,21 @@ def test_one_that_stands_still_is_given_up_with_all_that_it_started(tmp_path, mo
     assert not running(int(started.read_text()))
 
 
+def test_an_interrupted_capture_leaves_nothing_running(tmp_path):
+    started = tmp_path / "pid"
+
+    def write(descriptor, beat):
+        started.write_text(str(os.getpid()))
+        os.kill(os.getppid(), signal.SIGINT)
+        time.sleep(100)
+        return contents()
+
+    with pytest.raises(KeyboardInterrupt):
+        save(write, [parse_target(str(tmp_path / "mine"))], CRASH, files=FILES)
+    assert not running(int(started.read_text()))
+    assert names(tmp_path) == {"pid", "mine.incomplete", "mine-dmesg.txt"}
+
+
 def running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"

@@ -80,16 +80,24 @@ class Uploads:
         self._limit = limit if limit is not None else 1 << 62
         self._uploads: dict[str, Upload] = {}
         self._lock = threading.Lock()
-        try:
-            self._root = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(JOURNALS, 0o700, dir_fd=self._root)
-            self._journals = _enter(self._root, JOURNALS)
-            fcntl.flock(self._journals, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise EnvironmentFault(f"another receiver stores into {directory}", hint="give each its own directory") from error
-        except OSError as error:
-            raise EnvironmentFault(f"cannot receive into {directory}: {error.strerror}") from error
+        with contextlib.ExitStack() as stack:
+            try:
+                self._root = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                stack.callback(os.close, self._root)
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(JOURNALS, 0o700, dir_fd=self._root)
+                self._journals = _enter(self._root, JOURNALS)
+                stack.callback(os.close, self._journals)
+                fcntl.flock(self._journals, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise EnvironmentFault(
+                    f"another receiver stores into {directory}", hint="give each its own directory"
+                ) from error
+            except OSError as error:
+                raise EnvironmentFault(f"cannot receive into {directory}: {error.strerror}") from error
+            except Refused as error:
+                raise EnvironmentFault(f"cannot receive into {directory}: {error}") from error
+            stack.pop_all()
 
     def close(self) -> None:
         """Let the directory go."""
