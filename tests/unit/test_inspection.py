@@ -108,6 +108,24 @@ class TestInspect:
     def test_an_elf_that_makedumpfile_could_not_complete(self, tmp_path):
         assert inspected(stored(tmp_path, elf_of(flags=1))).completeness == "incomplete"
 
+    @pytest.mark.parametrize("form", ["elf", "flattened", "device"])
+    def test_a_vmcore_that_is_cut_off(self, tmp_path, form):
+        data = elf_of()[: -(1 << 20) - 5000]
+        if form == "flattened":
+            data = write_flattened([(0, elf_of())])[: -(1 << 20) - 5016]
+        if form == "device":
+            path = stored(tmp_path, data)
+            data = DeviceHead(manifest_of(path, form="elf"), b"").to_bytes() + data
+        found = inspected(stored(tmp_path, data))
+        assert (found.completeness, found.panic) == ("truncated", PANIC)
+        assert (found.pages.memory, found.pages.missing) == (8192, 257)
+        assert any("is cut off" in each or "1.0 MiB of memory" in each for each in found.remarks)
+
+    def test_a_vmcore_that_is_cut_off_in_its_headers(self, tmp_path):
+        for size in (100, 64 + 56, 700):
+            with pytest.raises(FormatError):
+                inspected(stored(tmp_path, elf_of()[:size]))
+
     def test_one_that_is_shorter_than_its_manifest_says(self, tmp_path):
         path = stored(tmp_path, dump_of().to_bytes())
         found = inspected(path, replace(manifest_of(path), size=1 << 40))

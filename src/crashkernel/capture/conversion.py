@@ -146,7 +146,7 @@ def _checked_manifest(path: Path, tell: Tell) -> Manifest | None:
 
 
 def _refuse_partial(dump: Dump) -> None:
-    partial = cut_off(dump)
+    partial = bool(cut_off(dump))
     if isinstance(dump, KdumpFile):
         partial |= dump.incomplete or dump.data.size < dump.statistics().data_end
     if partial:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -28,9 +28,9 @@ from crashkernel.capture.source import PAGE_SIZES, ElfVmcore, MissingMemory
 from crashkernel.errors import EnvironmentFault, FormatError
 from crashkernel.formats import diskdump, flattened
 from crashkernel.formats.diskdump import MainHeader, SubHeader
-from crashkernel.formats.elf import EM_PPC64, EM_X86_64, ByteOrder, ElfFile, iter_notes
+from crashkernel.formats.elf import EM_PPC64, EM_X86_64, PT_LOAD, PT_NOTE, ByteOrder, ElfFile, Segment, iter_notes
 from crashkernel.formats.vmcoreinfo import VmcoreInfo
-from crashkernel.memory import Range, RangeSet
+from crashkernel.memory import Range, RangeSet, format_size
 
 MACHINES = {"ppc64": EM_PPC64, "ppc64le": EM_PPC64, "x86_64": EM_X86_64}
 """ELF machines by what `uname -m` calls them."""
@@ -39,6 +39,7 @@ _NOTES_LIMIT = 1 << 26  # bytes, as in source.py
 _PADDR_LIMIT = 1 << 56  # likewise
 _PPC64_LINEAR_BASE = 0xC000_0000_0000_0000  # PAGE_OFFSET, arch/powerpc/include/asm/page.h
 _E_FLAGS = 48  # offset of e_flags in Elf64_Ehdr
+_HEAD_LIMIT = 1 << 22  # bytes: 65535 program headers are 3.5 MiB
 _BATCH_BYTES = 1 << 20  # of pages that are read at once
 _DATA_GAP = 1 << 16  # bytes between two pages' data that are read, and dropped, rather than asked for apart
 _DESCRIPTOR_GAP = 512
@@ -479,15 +480,30 @@ class StoredPages:
 # ------------------------------------------------------------------------------------------------------------- opening
 
 
-class _ElfWithin(ElfVmcore):
-    """An ELF vmcore that is no file of its own: all reading goes through what knows where its bytes are."""
+class ElfWithin(ElfVmcore):
+    """An ELF vmcore that is no file of its own, or not a whole one: all reading goes through what knows where its bytes are.
+
+    What is cut off is no memory of it; `lost` says how many bytes that are.
+    """
 
     def __init__(self, data: DumpBytes) -> None:
         self.data = data
+        self.lost = 0
         super().__init__(data.name)
 
     def _elf(self, _file_size: int) -> ElfFile:
-        return super()._elf(self.data.size)
+        elf = ElfFile.from_bytes(self.data.read(0, _HEAD_LIMIT), self.name, file_size=1 << 63)
+        return replace(elf, segments=tuple(self._cut(each) for each in elf.segments))
+
+    def _cut(self, segment: Segment) -> Segment:
+        """What there is of a segment before the end of the bytes."""
+        left = max(self.data.size - segment.file_offset, 0)
+        if segment.file_size <= left or segment.type not in (PT_LOAD, PT_NOTE):
+            return segment
+        if segment.type == PT_NOTE:
+            raise FormatError("cut off in its notes", source=self.name, offset=self.data.size)
+        self.lost += segment.memory_size - left
+        return replace(segment, file_size=left, memory_size=left)
 
     def _fill(self, file_offset: int, target: memoryview) -> None:
         data = self.data.read(file_offset, len(target))
@@ -513,7 +529,8 @@ _HEAD_SIZE = 16
 def open_dump(path: Path | str) -> Dump:
     """Open a dump of any format we know: an ELF vmcore, a kdump-compressed dump, a flattened stream of either.
 
-    All of these may also lie on a block device, behind the head that `crashkernel capture` puts there.
+    All of these may also lie on a block device, behind the head that `crashkernel capture` puts there. They may lack their end, as
+    long as the headers are whole: `cut_off` and `KdumpFile.statistics` tell.
 
     :raise FormatError: it is none of them, or damaged where it begins.
     :raise EnvironmentFault: it cannot be read.
@@ -528,16 +545,33 @@ def open_dump(path: Path | str) -> Dump:
         data = PlainFile(path, start, size)
         head = data.read(0, _HEAD_SIZE)
     elif head.startswith(_ELF):
+        try:
+            vmcore = ElfVmcore(path)
+        except FormatError as error:
+            return _cut_off_elf(data, error)
         data.close()
-        return ElfVmcore(path)
+        return vmcore
     return _open(data, head)
+
+
+def _cut_off_elf(data: PlainFile, error: FormatError) -> Dump:
+    """The vmcore that `error` says cannot be read, if all that it lacks is its end."""
+    try:
+        vmcore = ElfWithin(data)
+    except FormatError:
+        data.close()
+        raise error from None
+    if not vmcore.lost:
+        vmcore.close()
+        raise error
+    return vmcore
 
 
 def _open(data: PlainFile, head: bytes) -> Dump:
     if head.startswith(diskdump.SIGNATURE):
         return KdumpFile(data)
     if head.startswith(_ELF):
-        return _ElfWithin(data)
+        return ElfWithin(data)
     if not head.startswith(flattened.SIGNATURE):
         data.close()
         raise FormatError(
@@ -548,7 +582,7 @@ def _open(data: PlainFile, head: bytes) -> Dump:
         )
     stream = FlattenedFile(data)
     try:
-        return _ElfWithin(stream) if stream.read(0, len(_ELF)) == _ELF else KdumpFile(stream)
+        return ElfWithin(stream) if stream.read(0, len(_ELF)) == _ELF else KdumpFile(stream)
     except BaseException:
         stream.close()
         raise
@@ -561,17 +595,21 @@ def stored_pages(dump: Dump) -> Selection:
 
 def is_flattened(dump: Dump) -> bool:
     """Whether the file holds the dump as a flattened stream."""
-    return isinstance(dump, KdumpFile | _ElfWithin) and isinstance(dump.data, FlattenedFile)
+    return isinstance(dump, KdumpFile | ElfWithin) and isinstance(dump.data, FlattenedFile)
 
 
 def file_size(dump: Dump) -> int:
     """Bytes that the dump takes where it lies."""
-    return dump.data.file_size if isinstance(dump, KdumpFile | _ElfWithin) else os.lseek(dump.fileno(), 0, os.SEEK_END)
+    return dump.data.file_size if isinstance(dump, KdumpFile | ElfWithin) else os.lseek(dump.fileno(), 0, os.SEEK_END)
 
 
-def cut_off(dump: Dump) -> bool:
-    """Whether the stream that the dump came as ended before its end."""
-    return isinstance(dump, KdumpFile | _ElfWithin) and dump.data.truncated
+def cut_off(dump: Dump) -> str:
+    """How it shows that a dump lacks its end, "" if it does not; a kdump-compressed one may do so only in its descriptors."""
+    if isinstance(dump, KdumpFile | ElfWithin) and dump.data.truncated:
+        return "the flattened stream is cut off before its end"
+    if isinstance(dump, ElfWithin) and dump.lost:
+        return f"the file ends before its last {format_size(dump.lost)} of memory"
+    return ""
 
 
 def elf_flags(vmcore: ElfVmcore) -> int:

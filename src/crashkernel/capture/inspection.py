@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from crashkernel.capture.dmesg import panic_line, read_log
-from crashkernel.capture.dumpfile import Dump, KdumpFile, PageStatistics, cut_off, elf_flags, file_size, is_flattened, open_dump
+from crashkernel.capture.dumpfile import (
+    Dump,
+    ElfWithin,
+    KdumpFile,
+    PageStatistics,
+    cut_off,
+    elf_flags,
+    file_size,
+    is_flattened,
+    open_dump,
+)
 from crashkernel.capture.identity import Identity
 from crashkernel.capture.kernel import CrashedKernel
 from crashkernel.capture.manifest import Manifest, digest_file, manifest_name
@@ -208,13 +218,14 @@ def _statistics(dump: Dump, tell: Tell) -> PageStatistics:
     memory = sum(last - first for first, last, _ in spans)
     kept = sum(last - first for first, last, each in spans if each.file_offset is not None)
     end = max(((each.file_offset or 0) + each.size for each in dump.segments if each.file_offset is not None), default=0)
-    return PageStatistics(memory, kept, 0, 0, {"none": kept}, end)
+    missing = dump.lost // dump.page_size if isinstance(dump, ElfWithin) else 0
+    return PageStatistics(memory + missing, kept + missing, 0, missing, {"none": kept}, end)
 
 
 def _completeness(dump: Dump, pages: PageStatistics, remarks: list[str]) -> Completeness:
-    if cut_off(dump):
-        remarks.append("the flattened stream is cut off before its end")
-        return "truncated"
+    if text := cut_off(dump):
+        remarks.append(text)
+        return "incomplete" if not isinstance(dump, KdumpFile) and elf_flags(dump) & _ELF_INCOMPLETE else "truncated"
     if isinstance(dump, KdumpFile):
         if pages.data_end > dump.data.size:
             remarks.append(f"the file ends at {dump.data.size:,}; its pages' data go on to {pages.data_end:,}")
@@ -368,8 +379,8 @@ def _check_contents(dump: Dump, manifest: Manifest | None, faults: FaultList, te
         check = f"{pages:,} pages: each descriptor, and that each can be had"
     else:
         pages = _statistics(dump, tell).kept
-        if cut_off(dump):
-            faults.add("the flattened stream is cut off before its end")
+        if text := cut_off(dump):
+            faults.add(text)
         if elf_flags(dump) & _ELF_INCOMPLETE:
             faults.add("its writer ran out of space: it says of itself that it is incomplete")
         check = f"headers, notes and that {pages:,} pages are in the file; plain ELF has nothing to check a page by"

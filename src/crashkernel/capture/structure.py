@@ -135,8 +135,8 @@ def _bad_pages_of_ours(pfns: Pfns, rows: NDArray[np.void]) -> list[str]:
 
 def _check_headers(dump: KdumpFile, faults: FaultList) -> None:
     header, sub = dump.header, dump.sub_header
-    if cut_off(dump):
-        faults.add("the flattened stream is cut off before its end")
+    if lacks := cut_off(dump):
+        faults.add(lacks)
     if dump.incomplete:
         faults.add("its writer ran out of space: it says of itself that it is incomplete")
     if header.status & ~(diskdump.COMPRESSED | diskdump.INCOMPLETE | diskdump.EXCLUDED_VMEMMAP):
