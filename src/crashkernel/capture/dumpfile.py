@@ -488,21 +488,22 @@ class ElfWithin(ElfVmcore):
 
     def __init__(self, data: DumpBytes) -> None:
         self.data = data
-        self.lost = 0
+        self._cut: list[Range] = []
         super().__init__(data.name)
+        self.lost = (RangeSet(self._cut) - self.memory).total
 
     def _elf(self, _file_size: int) -> ElfFile:
         elf = ElfFile.from_bytes(self.data.read(0, _HEAD_LIMIT), self.name, file_size=1 << 63)
-        return replace(elf, segments=tuple(self._cut(each) for each in elf.segments))
+        return replace(elf, segments=tuple(self._what_is_there(each) for each in elf.segments))
 
-    def _cut(self, segment: Segment) -> Segment:
-        """What there is of a segment before the end of the bytes."""
+    def _what_is_there(self, segment: Segment) -> Segment:
+        """A segment up to the end of the bytes."""
         left = max(self.data.size - segment.file_offset, 0)
         if segment.file_size <= left or segment.type not in (PT_LOAD, PT_NOTE):
             return segment
         if segment.type == PT_NOTE:
             raise FormatError("cut off in its notes", source=self.name, offset=self.data.size)
-        self.lost += segment.memory_size - left
+        self._cut.append(Range.sized(segment.paddr + left, segment.memory_size - left))
         return replace(segment, file_size=left, memory_size=left)
 
     def _fill(self, file_offset: int, target: memoryview) -> None:
@@ -529,8 +530,8 @@ _HEAD_SIZE = 16
 def open_dump(path: Path | str) -> Dump:
     """Open a dump of any format we know: an ELF vmcore, a kdump-compressed dump, a flattened stream of either.
 
-    All of these may also lie on a block device, behind the head that `crashkernel capture` puts there. They may lack their end, as
-    long as the headers are whole: `cut_off` and `KdumpFile.statistics` tell.
+    All of these may also lie on a block device, behind the head that `crashkernel capture` puts there. They may lack their end,
+    as long as the headers are whole: `cut_off` and `KdumpFile.statistics` tell.
 
     :raise FormatError: it is none of them, or damaged where it begins.
     :raise EnvironmentFault: it cannot be read.
