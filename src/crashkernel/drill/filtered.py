@@ -327,15 +327,16 @@ def _judge_counts(counts: dict[str, int], file: KdumpFile, verdict: Verdict) -> 
     found = verdict.pages
     if found is None:
         return
-    true = {"kept": found.kept - found.zeros, "zero": found.zeros}
+    true = {"kept": found.kept, "zero": found.zeros}
     true |= {name: found.left_out.get(CLASSES[each], 0) for each, name in _MANIFEST_FIELDS.items()}
     for name, count in true.items():
         if counts[name] != count:
             verdict.problems.append(f"the manifest counts {counts[name]:,} pages {name}, the dump has {count:,}")
-    if sum(counts.values()) != len(file.described):
-        verdict.problems.append(
-            f"the manifest counts {sum(counts.values()):,} pages, the dump tells of {len(file.described):,}"
-        )
+    if counts["unreadable"]:
+        verdict.problems.append(f"{counts['unreadable']:,} pages could not be read")
+    total = sum(count for name, count in counts.items() if name not in ("zero", "unreadable"))  # which are among those kept
+    if total != len(file.described):
+        verdict.problems.append(f"the manifest counts {total:,} pages, the dump tells of {len(file.described):,}")
 
 
 def _digest(path: Path) -> str:

@@ -144,7 +144,7 @@ class KdumpFile:
             raise self._fail("it has no pages")
         raw_pages = self._flags == 0
         announced = [flag for flag in (_ZLIB, _LZO, _SNAPPY, _ZSTD) if flag & self.status]
-        if self._offsets.min() < data or (self._offsets + self._sizes).max() > self.size:
+        if self._offsets.min() < data or self._offsets.max() > self.size or (self._offsets + self._sizes).max() > self.size:
             raise self._fail("page descriptors point outside of the pages' data")
         if (self._sizes == 0).any() or (self._sizes[raw_pages] != self.page_size).any():
             raise self._fail("page descriptors have sizes that no page has")

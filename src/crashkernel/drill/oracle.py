@@ -51,7 +51,6 @@ def droppable(level: int) -> May:
 
 
 _LINEAR = 0xC000000000000000
-_REGION = 0xFFFF << 48
 _ANONYMOUS = 1  # PAGE_MAPPING_ANON, include/linux/page-flags.h
 _TAIL = 1
 _ENTRY_PRESENT, _ENTRY_LEAF = 1 << 63, 1 << 62  # _PAGE_PRESENT, _PAGE_PTE
@@ -175,7 +174,10 @@ class Oracle:
 
     def _field(self, rows: NDArray[np.uint64], name: str, kind: str) -> NDArray[np.int64]:
         """A field of struct pages, by its name in VMCOREINFO."""
-        offset, words = self._info.offset(f"page.{name}"), np.dtype(f"{self._order}{kind}")
+        return self._at(rows, self._info.offset(f"page.{name}"), kind)
+
+    def _at(self, rows: NDArray[np.uint64], offset: int, kind: str) -> NDArray[np.int64]:
+        words = np.dtype(f"{self._order}{kind}")
         raw = rows.astype(f"{self._order}u8").view(np.uint8).reshape(len(rows), -1)
         return raw[:, offset : offset + words.itemsize].copy().view(words).reshape(-1).astype(np.int64)
 
@@ -190,10 +192,10 @@ class Oracle:
         link = self._field(self._table, name, "u8").astype(np.uint64)
         own = np.uint64(self._first) + (numbers * self._struct).astype(np.uint64)
         tail = self._known & np.not_equal(link & np.uint64(_TAIL), 0)
-        target = np.where(link >= np.uint64(self._first), link - np.uint64(_TAIL), own & link)
-        if not (own & np.uint64(_REGION) == np.uint64(self._first) & np.uint64(_REGION)).all():
-            raise VerificationError("K1's page array leaves its region")
-        head = np.where(tail, (target - np.uint64(self._first)).astype(np.int64) // self._struct, numbers)
+        first, end = np.uint64(self._first), np.uint64(self._first + self.pages * self._struct)
+        target = np.where((link >= first) & (link < end), link - np.uint64(_TAIL), own & link)
+        # what is neither wraps around, far beyond the last page
+        head = np.where(tail, (target - first).astype(np.int64) // self._struct, numbers)
         if (head < 0).any() or (head > numbers).any() or (tail & tail[np.clip(head, 0, self.pages - 1)]).any():
             raise VerificationError("parts of K1's compound pages point to no head")
         return head
@@ -294,8 +296,11 @@ class Oracle:
         next_one = np.minimum(head + 1, self.pages - 1)
         if "NUMBER(PG_hugetlb)" in info:
             marked = self._field(rows, "flags", "u8") >> info.number("PG_hugetlb") & 1 != 0
-        elif "OFFSET(page.compound_dtor)" in info:
-            marked = self._field(rows, "compound_dtor", "u1") == info.number("HUGETLB_PAGE_DTOR")
+        elif "NUMBER(HUGETLB_PAGE_DTOR)" in info:
+            # from 6.3 on a member of struct folio, which begins with the head
+            folio = "OFFSET(folio._folio_dtor)" in info
+            offset = info.offset("folio._folio_dtor") - self._struct if folio else info.offset("page.compound_dtor")
+            marked = self._at(rows, offset, "u1") == info.number("HUGETLB_PAGE_DTOR")
         else:
             raise VerificationError("K1 does not say how its hugetlbfs pages are told")
         both: NDArray[np.bool_] = is_head[head] & marked[next_one]
