@@ -7,7 +7,9 @@
     │   └── FormatError              bytes are not the format they claim to be                exit 2
     ├── EnvironmentFault             this machine lacks something, or refuses                 exit 3
     │   ├── PlanError                no placement fits this machine and these files           exit 3
-    │   └── LoadRefused              the running kernel refused the load                      exit 3
+    │   ├── LoadRefused              the running kernel refused the load                      exit 3
+    │   ├── TargetFailed             a target did not take the dump (`capture.target`)        exit 3
+    │   └── NoTargetLeft             none of them did: the dump is not saved                  exit 3
     └── VerificationError            the handover or the dump is wrong: the product failed    exit 1
         └── StageFailed              a stage of the drill did not complete                    exit 1
 

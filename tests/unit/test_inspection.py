@@ -222,7 +222,7 @@ class TestVerify:
 
     def test_a_number_of_pages_that_differs(self, tmp_path):
         path = stored(tmp_path, dump_of().to_bytes())
-        manifest_of(path, kept=5, zero=6)
+        manifest_of(path, kept=11, zero=6)
         assert "by its manifest 11" in verify(path).problems.first[0]
 
     def test_another_dump_s_manifest_by_name(self, tmp_path):

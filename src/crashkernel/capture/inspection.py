@@ -378,7 +378,8 @@ def _check_contents(dump: Dump, manifest: Manifest | None, faults: FaultList, te
         pages = dump.pages
         check = f"{pages:,} pages: each descriptor, and that each can be had"
     else:
-        pages = _statistics(dump, tell).kept
+        counted = _statistics(dump, tell)
+        pages = counted.kept - counted.missing
         if text := cut_off(dump):
             faults.add(text)
         if elf_flags(dump) & _ELF_INCOMPLETE:
@@ -386,7 +387,7 @@ def _check_contents(dump: Dump, manifest: Manifest | None, faults: FaultList, te
         check = f"headers, notes and that {pages:,} pages are in the file; plain ELF has nothing to check a page by"
     if manifest is not None:
         contents = manifest.contents
-        expected = contents.pages.kept + contents.pages.zero
+        expected = contents.pages.kept
         said: tuple[tuple[str, object, object], ...] = (
             ("kernel", contents.release, dump.vmcoreinfo.release),
             ("page size", contents.page_size, dump.page_size),

@@ -39,7 +39,8 @@ _IOV_MAX = 1024  # include/uapi/linux/uio.h, UIO_MAXIOV
 class Progress:
     """How far a dump is: of `total` pages `done` are behind us, first in looking which to keep, then in copying those.
 
-    `written` counts bytes, `classes` the pages of each class that were found so far.
+    `written` counts bytes, `classes` the pages of each class that were found so far. Nothing will be written any more to the
+    bytes [start, end) of the dump that `settled` names: its head is none of them while page descriptors are missing there.
     """
 
     copying: bool
@@ -47,6 +48,7 @@ class Progress:
     total: int
     written: int
     classes: Mapping[PageClass, int]
+    settled: tuple[int, int] = (0, 0)
 
 
 Listener = Callable[[Progress], None]
@@ -320,7 +322,7 @@ def _write_kdump(
         offset += size
         done += len(result.pfns)
         _note(tally, result, zero)
-        tell(Progress(True, done, tally.kept, output.size, tally.by_class()))
+        tell(Progress(True, done, tally.kept, output.size, tally.by_class(), (zeros_at, offset)))
     descriptors.flush()
     return tally
 
@@ -393,7 +395,7 @@ def _write_elf(source: Source, identity: Identity, selection: Selection, crew: C
         output.put_vector(output.size, np.stack([result.address, result.size], axis=1), size)
         done += len(result.pfns)
         tally.unreadable += result.unreadable
-        tell(Progress(True, done, total, output.size, tally.by_class()))
+        tell(Progress(True, done, total, output.size, tally.by_class(), (0, output.size)))
     return tally
 
 

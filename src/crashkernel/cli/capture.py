@@ -18,18 +18,18 @@ from crashkernel.memory import format_size
 from crashkernel.report.terminal import visible
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from crashkernel.capture.codec import Codec
     from crashkernel.capture.identity import Identity
     from crashkernel.capture.manifest import Contents
     from crashkernel.capture.selection import PageClass
     from crashkernel.capture.source import ElfVmcore
-    from crashkernel.capture.target import Target
+    from crashkernel.capture.target import Beat, Target
     from crashkernel.capture.writer import Progress, Written
 
 _CODECS = ("zstd", "lzo", "snappy", "zlib", "none")  # capture/codec.py has them; importing it costs what --help need not pay
-_DEFAULT_TARGET = "/var/crash"
+_DEFAULT_TARGET = "/var/crash/"
 
 _EPILOG = """examples:
   crashkernel capture                                   /proc/vmcore to a new directory below /var/crash
@@ -147,9 +147,9 @@ def _capture(arguments: argparse.Namespace) -> int:
     for doubt in (*kernel.doubts, *selection.doubts):
         console.say(f"doubtful, so pages are kept: {doubt}")
 
-    def write(descriptor: int, beat: Callable[[], None]) -> Contents:
+    def write(descriptor: int, beat: Beat) -> Contents:
         def tell(progress: Progress) -> None:
-            beat()
+            beat(*progress.settled)
             console.show(progress)
 
         workers = _as_many_as_fit(source.page_size) if arguments.workers is None else arguments.workers
@@ -236,8 +236,9 @@ def _contents(
         level=arguments.level,
         page_size=source.page_size,
         pages=PageCounts(
-            kept=pages[PageClass.KEPT] - written.zero,
+            kept=pages[PageClass.KEPT],
             zero=written.zero,
+            unreadable=len(written.unreadable),
             **{each.name.lower(): pages[each] for each in pages if each is not PageClass.KEPT},
         ),
         release=identity.utsname.release,
