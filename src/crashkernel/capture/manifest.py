@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, cast, get_args
 
@@ -24,6 +23,7 @@ from crashkernel.formats.fields import boolean, count, line, mapping, one_of, te
 PIECE_SIZE = 4 << 20  # bytes
 PIECES = "sha256-pieces"
 _HASH_SIZE = 32
+_FEW = 4  # pieces that are not worth a thread
 _READ_SIZE = 256 << 10
 """What is read at once: small enough to be hashed out of a CPU's cache."""
 
@@ -102,16 +102,24 @@ def digest_file(
     :raise OSError: it cannot be read, or ends before.
     """
 
+    pieces = dict(known or {})
+    missing = [number for number in range(-(-size // PIECE_SIZE)) if number not in pieces]
+
     def of_piece(number: int) -> bytes:
-        if known and number in known:
-            return known[number]
         file_offset = start + number * PIECE_SIZE
         digest = piece_digest(descriptor, file_offset, min(PIECE_SIZE, start + size - file_offset))
         progress()
         return digest
 
-    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
-        return digest_of_pieces(b"".join(pool.map(of_piece, range(-(-size // PIECE_SIZE)))))
+    workers = min(workers or len(os.sched_getaffinity(0)), len(missing) // _FEW)
+    if workers > 1:
+        from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - costs more than a few pieces do
+
+        with ThreadPoolExecutor(workers) as pool:
+            pieces.update(zip(missing, pool.map(of_piece, missing), strict=True))
+    else:
+        pieces.update((number, of_piece(number)) for number in missing)
+    return digest_of_pieces(b"".join(pieces[number] for number in range(-(-size // PIECE_SIZE))))
 
 
 def piece_digest(descriptor: int, file_offset: int, size: int) -> bytes:
