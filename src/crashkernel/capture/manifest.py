@@ -101,7 +101,6 @@ def digest_file(
 
     :raise OSError: it cannot be read, or ends before.
     """
-
     pieces = dict(known or {})
     missing = [number for number in range(-(-size // PIECE_SIZE)) if number not in pieces]
 
