@@ -411,6 +411,13 @@ class TestCommands:
         assert len(lines) == 1
         assert "neither an ELF vmcore nor" in lines[0]
 
+    def test_a_python_without_numpy(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setitem(sys.modules, "numpy", None)
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        for arguments in (["inspect", "vmcore"], ["verify", "vmcore"], ["convert", "vmcore", "out"]):
+            assert main(arguments) == 3
+            assert "this command needs numpy" in capsys.readouterr().err
+
     def test_options_that_exclude_each_other(self, tmp_path, capsys):
         path = stored(tmp_path, dump_of().to_bytes())
         assert main(["inspect", "--dmesg", "--json", "-", str(path)]) == 2

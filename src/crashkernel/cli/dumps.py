@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from crashkernel.cli.command import add_command, write
-from crashkernel.errors import FormatError, UsageError
+from crashkernel.errors import EnvironmentFault, FormatError, UsageError
 from crashkernel.memory import format_size
 from crashkernel.report.terminal import visible
 
@@ -113,6 +114,10 @@ def _put_json(path: Path | None, record: object) -> bool:
 
 
 def _prepare() -> None:
+    if importlib.util.find_spec("numpy") is None:
+        raise EnvironmentFault(
+            "this command needs numpy", hint="pip install 'crashkernel[capture]', or apt install python3-numpy"
+        )
     # numpy's linear algebra would start a thread for each CPU; nothing here uses it
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
