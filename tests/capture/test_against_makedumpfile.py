@@ -63,8 +63,8 @@ def bitmaps(stream) -> tuple[np.ndarray, np.ndarray]:
     flattened.check_header(stream.read(flattened.HEADER_SIZE))
     start = bytearray(464)  # a struct disk_dump_header
     records: list[tuple[int, int]] = []
-    first = size = 0
-    while not size or sum(max(0, min(end, first + 2 * size) - max(at, first)) for at, end in records) < 2 * size:
+    first = size = used = 0
+    while not size or any(covered(records, at, used) < used for at in (first, first + size)):
         record = flattened.read_record_header(stream.read(flattened.RECORD_HEADER_SIZE), 0)
         assert record is not None, "the stream ends before the bitmaps do"
         data = stream.read(record.size)
@@ -74,10 +74,17 @@ def bitmaps(stream) -> tuple[np.ndarray, np.ndarray]:
             start.extend(bytes(max(0, end - len(start))))
             start[record.file_offset : end] = data
         if not size and start.startswith(b"KDUMP   "):
-            block_size, sub_blocks, blocks = struct.unpack_from("<iiI", start, 428)  # block_size, sub_hdr_size, bitmap_blocks
-            first, size = (1 + sub_blocks) * block_size, blocks * block_size // 2
+            # block_size, sub_hdr_size, bitmap_blocks, max_mapnr; of a bitmap's last block the end need not be written
+            block_size, sub_blocks, blocks, pages = struct.unpack_from("<iiII", start, 428)
+            first, size, used = (1 + sub_blocks) * block_size, blocks * block_size // 2, -(-pages // 8)
+    start.extend(bytes(max(0, first + 2 * size - len(start))))
     present, kept = (np.frombuffer(start[at : at + size], np.uint8) for at in (first, first + size))
     return np.unpackbits(present, bitorder="little"), np.unpackbits(kept, bitorder="little")
+
+
+def covered(records: list[tuple[int, int]], start: int, size: int) -> int:
+    """How many bytes of `size` from `start` on are in `records`, which do not overlap."""
+    return sum(max(0, min(end, start + size) - max(at, start)) for at, end in records)
 
 
 # ------------------------------------------------------------------------------------------------------ what we have for it
