@@ -288,7 +288,8 @@ class Spoiled:
         return [pfn for pfn, page in self.pages.items() if mark in page]
 
     def leave_out(self, pfn, counted_as="free"):
-        self.counts["kept" if any(self.pages.pop(pfn)) else "zero"] -= 1
+        self.counts["zero"] -= not any(self.pages.pop(pfn))
+        self.counts["kept"] -= 1
         self.counts[counted_as] += 1
 
     def write(self):
@@ -349,7 +350,7 @@ def test_swapped_pages_are_told_as_such(spoiled):
 def test_zeros_in_place_of_a_page_are_found(spoiled):
     pfn = spoiled.busy(0x80)
     spoiled.pages[pfn] = bytes(PAGE)
-    spoiled.counts["kept"], spoiled.counts["zero"] = spoiled.counts["kept"] - 1, spoiled.counts["zero"] + 1
+    spoiled.counts["zero"] += 1
     verdict = spoiled.verdict()
     assert verdict.bytes_wrong > 16
     assert {each.note for each in verdict.wrong_ranges} == {"zeros"}

@@ -122,7 +122,7 @@ class Kdump:
         if self.share_zeros:
             data += bytes(size)
         for pfn, page in sorted(self.pages.items()):
-            if self.share_zeros and not any(page):
+            if self.share_zeros and page.count(0) == size:
                 at, stored, flags = data_at, b"", 0
                 length = size
             else:

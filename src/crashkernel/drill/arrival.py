@@ -107,7 +107,7 @@ def from_receiver(received: Path, directory: Path) -> SavedDump:
     names = sorted(str(path.relative_to(received)) for path in received.rglob("*") if path.is_file())
     dumps = [name for name in names if name.endswith("/vmcore")]
     beside = [str(Path(dumps[0]).with_name(name)) for name in (LOG, MANIFEST)] if len(dumps) == 1 else []
-    if sorted(dumps + beside) != [name for name in names if not name.startswith(".")]:
+    if not beside or sorted(dumps + beside) != [name for name in names if not name.startswith(".")]:
         raise VerificationError(f"the receiver has not one dump with its log and manifest, but {', '.join(names) or 'nothing'}")
     saved = SavedDump(directory / _DUMP, directory / LOG, directory / MANIFEST)
     for name, path in zip((*dumps, *beside), (saved.dump, saved.log, saved.manifest), strict=True):

@@ -313,7 +313,7 @@ def _judge_manifest(saved: SavedDump, saving: Saving, file: KdumpFile, truth: Tr
             "kernel": (raw["crash"]["release"], truth.release),
             "panic message": (raw["crash"]["panic"], truth.panic),
         }
-        counts = {name: int(pages[name]) for name in ("kept", "zero", *_MANIFEST_FIELDS.values())}
+        counts = {name: int(pages[name]) for name in ("kept", "zero", "unreadable", *_MANIFEST_FIELDS.values())}
     except (ValueError, KeyError, TypeError) as error:
         raise VerificationError(f"{saved.manifest.name} is no manifest: {error!r}") from error
     for what, (claimed, true) in facts.items():

@@ -157,7 +157,7 @@ class KdumpFile:
         ends = starts + self._sizes[first]
         for which in np.flatnonzero(sharers > 1):
             numbers = np.flatnonzero(self._offsets == starts[which])
-            if (self._flags[numbers] != 0).any() or any(self._page(int(numbers[0]))):
+            if (self._flags[numbers] != 0).any() or not self._is_zeros(int(numbers[0])):
                 raise self._fail(f"{len(numbers)} pages share their bytes, and are not all zeros")
         if (starts[1:] < ends[:-1]).any():
             raise self._fail("pages overlap in the file")
@@ -166,7 +166,7 @@ class KdumpFile:
         zeros = [
             int(count)
             for number, count in zip(first, sharers, strict=True)
-            if self._flags[number] == 0 and not any(self._page(int(number)))
+            if self._flags[number] == 0 and self._is_zeros(int(number))
         ]
         self.zero_pages = sum(zeros)
 
@@ -180,6 +180,9 @@ class KdumpFile:
             at = (number - first) * size
             into[at : at + size] = self._page(number)
         return count * size
+
+    def _is_zeros(self, number: int) -> bool:
+        return self._page(number).count(0) == self.page_size
 
     def _page(self, number: int) -> bytes:
         offset, flags = int(self._offsets[number]), int(self._flags[number])
