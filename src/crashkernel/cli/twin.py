@@ -47,6 +47,8 @@ _DRILL_EPILOG = """examples:
   crashkernel drill --flip initrd                   is a damaged initramfs noticed at the panic?
   crashkernel drill --dma init,data                 and if a device goes on writing when K1 is dead?
   crashkernel drill --dma init --no-quarantine      the same, into pages that a load takes away from K1
+  crashkernel drill --capture 31                    K2 runs `crashkernel capture` in place of a raw copy
+  crashkernel drill --capture 31 --capture-to network --crashkernel 256M
   crashkernel drill --judge out                     judge a kept drill once more
 
 A drill boots K1 in QEMU, loads K2 with `crashkernel load`, crashes K1, stops the twin at the purgatory's
@@ -58,6 +60,9 @@ With --dma the host writes into the twin's memory like a device that nobody stop
   init, slack   pages that K1 gave out to a driver,      reserved  anywhere in the reserved region
                 of its freed init, behind its image      memory    pages of K1 anywhere
 What differs in the device's own buffers is counted apart; all else must be right.
+
+With --capture each page of K1's memory must be in the dump with the right bytes, or be of a class that the level
+leaves out: the drill decides that from K1's memory as it was, with none of capture's code.
 
 exit status: 0 every drill passed, 1 one failed, 2 usage, 3 this machine lacks something
 """
