@@ -41,6 +41,7 @@ import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -83,7 +84,7 @@ _MOST_FREE_ORDERS = 32  # a free block has less than 2^32 pages on any kernel: M
 _ANON = 1  # of page.mapping: PAGE_MAPPING_ANON (include/linux/page-flags.h)
 _TAIL = 1  # of page.compound_head
 
-_SAMPLED_CHUNKS = 8
+_SAMPLED_CHUNKS = 16
 """Chunks, spread over the machine, whose share of free pages is held against the kernel's own count before one is dropped."""
 
 _EXCESS_OF_ALL, _EXCESS_OF_SOME = 1 / 16, 1 / 2
@@ -221,6 +222,7 @@ class _RuleReader:
         free = bool(level & DL_FREE) and self._all(
             "free pages are",
             {
+                "OFFSET(page._mapcount)": mapcount is not None,
                 "NUMBER(PAGE_BUDDY_MAPCOUNT_VALUE)": types["BUDDY"] is not None,
                 "OFFSET(page.private)": private is not None,
                 **slab_known,
@@ -376,8 +378,8 @@ class _Judge:
         # What numpy says of a comparison are bytes of 0 and 1: they are taken for truths or numbers as it suits.
         self._whole, self._anon, self._plain, self._free, self._cache, self._test = np.empty((6, pages), np.uint8)
 
-    def load(self, structs: _U8, stride: int, at: int) -> int:
-        """Take the structs in `structs` (flat), one every `stride` bytes, as pages `at` and up; returns how many there are."""
+    def load(self, structs: _U8, stride: int, at: int) -> None:
+        """Take the structs in `structs` (flat), one every `stride` bytes, as pages `at` and up."""
         rules = self._rules
         count = len(structs) // stride
         octets, words = structs.reshape(count, stride), structs.view(np.uint32).reshape(count, stride // 4)
@@ -387,7 +389,6 @@ class _Judge:
             np.copyto(self._whole[at : at + count], octets[:, rules.tail])
         if rules.cache or rules.user:
             np.copyto(self._anon[at : at + count], octets[:, rules.mapping])
-        return count
 
     def own_classes(self, structs: _U8, pfn: int, step: int, present: _Bool | None) -> tuple[_U8, _Index, _Index]:
         """Judge the structs that were loaded, of every `step`-th page frame from `pfn` on, each by itself.
@@ -515,9 +516,8 @@ class _Judge:
         private = structs.view(np.uint64).reshape(-1, stride // 8)[places, rules.private]
         if rules.swapped:
             private = private.byteswap()
-        if (
-            rules.unaccepted_type is not None
-        ):  # put off in blocks of the highest order only (__free_unaccepted, mm/page_alloc.c)
+        if rules.unaccepted_type is not None:
+            # Memory is put off in blocks of the highest order only (__free_unaccepted, mm/page_alloc.c).
             private[self._mapcount[places] == rules.unaccepted_type] = rules.free_orders - 1
         possible = private < rules.free_orders
         orders = np.where(possible, private, 0).astype(np.int64)
@@ -676,13 +676,13 @@ class PageFilter:
             return
         self._checked = True
         self._counted = counted = _counted_free(self._kernel, self._source.byteorder)
-        cells = list(self._cells(0, self.max_pfn)) if counted is not None else []
-        if counted is None or not cells:
+        if counted is None or not self._memory:
             return
-        some = cells[:: -(-len(cells) // _SAMPLED_CHUNKS)]
+        cells = sum(1 for _ in self._cells(0, self.max_pfn))
+        stride = -(-cells // _SAMPLED_CHUNKS)
         walk = _Walk(self._source, self._rules, self._kernel.page_structs())
         pages = free = 0
-        for start, end in some:
+        for start, end in islice(self._cells(0, self.max_pfn), 0, None, stride):
             present = self._present(start, end)
             walk.begin(start, self._present)
             pages += end - start if present is None else int(np.count_nonzero(present))
@@ -690,7 +690,7 @@ class PageFilter:
             free += int(np.count_nonzero(marked if present is None else marked & present))
         all_pages = sum(high - low for low, high in self._memory)
         excess = free / pages - counted / all_pages
-        if excess > (_EXCESS_OF_ALL if len(some) == len(cells) else _EXCESS_OF_SOME):
+        if excess > (_EXCESS_OF_ALL if stride == 1 else _EXCESS_OF_SOME):
             self._rules = replace(self._rules, free=False, buddy_type=None, unaccepted_type=None, free_orders=0)
             marks, counts = f"{free / pages:.0%} of memory is marked free", f"the kernel counts {counted / all_pages:.0%}"
             self._doubt(f"{marks}, but {counts}: free pages are kept")
