@@ -27,6 +27,7 @@ from crashkernel.drill.debian import default_cache
 from crashkernel.errors import EnvironmentFault
 from crashkernel.formats import flattened
 from crashkernel.formats.elf import EM_PPC64
+from support.capture import all_chunks
 
 pytestmark = [pytest.mark.capture, pytest.mark.timeout(3600)]
 
@@ -129,7 +130,7 @@ def listed(source: ElfVmcore):
     free = PageFilter(kernel, source, 16)
     pfn = next(
         int(pfn)
-        for chunk in free.chunks()
+        for chunk in all_chunks(free)
         for pfn in np.flatnonzero(chunk.classes == PageClass.FREE) + chunk.pfn
         if not any(source.read(int(pfn) * 4096, 4096))
     )
@@ -184,7 +185,7 @@ def test_every_page_at_every_level(vmcore, scratch):
         for level in range(MAX_DUMP_LEVEL + 1):
             filtered = PageFilter(kernel, source, level)
             classes = np.full(filtered.max_pfn, PageClass.ABSENT, np.uint8)
-            for chunk in filtered.chunks():
+            for chunk in all_chunks(filtered):
                 classes[chunk.pfn : chunk.pfn + len(chunk.classes)] = chunk.classes
             assert filtered.doubts == []
             for program in programs:

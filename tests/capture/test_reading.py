@@ -14,6 +14,7 @@ from crashkernel.capture.selection import PageClass
 from crashkernel.capture.source import ElfVmcore
 from crashkernel.capture.structure import check_structure
 from crashkernel.errors import FormatError
+from support.capture import all_chunks
 from support.faults import SmallDisk
 
 pytestmark = [pytest.mark.capture, pytest.mark.timeout(1800)]
@@ -56,7 +57,7 @@ def same_pages(dump, vmcore) -> int:
     """How many pages the dump has; each is as in the vmcore."""
     count = 0
     with ElfVmcore(vmcore) as source:
-        for chunk in stored_pages(dump).chunks():
+        for chunk in all_chunks(stored_pages(dump)):
             pfns = np.flatnonzero(chunk.classes == PageClass.KEPT) + chunk.pfn
             for some in np.array_split(pfns, max(1, len(pfns) // 4096)):
                 ours, theirs = (np.empty(len(some) * dump.page_size, np.uint8) for _ in range(2))

@@ -65,14 +65,24 @@ class ArraySource:
 class ListedSelection:
     """Pages of a source by a given class, in chunks of a given size."""
 
-    def __init__(self, source: ArraySource, classes: dict[int, PageClass], level: int = 31, chunk: int = 7) -> None:
+    def __init__(
+        self,
+        source: ArraySource,
+        classes: dict[int, PageClass],
+        level: int = 31,
+        chunk: int = 7,
+        doubtful: tuple[int, ...] = (),
+    ) -> None:
+        self.doubts: list[str] = []
+        self.concluded: list[list[int]] = []
+        self._doubtful = doubtful
         self.page_size = source.page_size
         self.level = level
         self.max_pfn = max(source.pages) + 1
         self._source, self._classes, self._chunk = source, classes, chunk
 
-    def chunks(self):
-        pfns = sorted(self._source.pages)
+    def chunks_of(self, first, last):
+        pfns = [pfn for pfn in sorted(self._source.pages) if first <= pfn < last]
         start = 0
         while start < len(pfns):
             end = start + 1
@@ -81,6 +91,16 @@ class ListedSelection:
             classes = [self._classes.get(pfn, PageClass.KEPT) for pfn in pfns[start:end]]
             yield Chunk(pfns[start], np.array(classes, np.uint8))
             start = end
+        if first in self._doubtful:
+            self.doubts.append(f"nobody knows what is at {first:#x}")
+
+    def conclude(self, classes):
+        self.concluded.append(classes.tolist())
+
+
+def all_chunks(selection):
+    """Every chunk of a selection."""
+    return selection.chunks_of(0, selection.max_pfn)
 
 
 def identity(byteorder: str = "little") -> Identity:

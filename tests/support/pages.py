@@ -275,13 +275,13 @@ class DeadMachine:
         self.gaps: list[tuple[int, int]] = []  # page frames that no run names
         self._flat = array.data.reshape(-1)
 
-    def page_structs(self) -> Iterator[PageStructs]:
+    def page_structs(self, first: int = 0) -> Iterator[PageStructs]:
         size = self.array.era.size
-        for number, first in enumerate(range(0, self.array.pages, self.run)):
-            last = min(first + self.run, self.array.pages)
-            if any(low <= first and last <= high for low, high in self.gaps):
+        for number, begin in enumerate(range(0, self.array.pages, self.run)):
+            last = min(begin + self.run, self.array.pages)
+            if last <= first or any(low <= begin and last <= high for low, high in self.gaps):
                 continue
-            yield PageStructs(first, last - first, STRUCTS_AT + first * size + 3 * number * self.page_size)
+            yield PageStructs(begin, last - begin, STRUCTS_AT + begin * size + 3 * number * self.page_size)
 
     def read_into(self, paddr: int, into: np.ndarray) -> None:
         size = self.array.era.size

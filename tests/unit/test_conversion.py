@@ -20,6 +20,7 @@ from crashkernel.capture.structure import check_structure
 from crashkernel.cli import main
 from crashkernel.errors import EnvironmentFault, FormatError, UsageError, VerificationError
 from crashkernel.formats import flattened
+from support.capture import all_chunks
 from support.deadkernels import PANIC, dump_of, elf_of, manifest_of
 from support.kdumps import in_records, write_flattened
 
@@ -31,7 +32,7 @@ def contents(path) -> dict[int, bytes]:
     """Every page that is in a dump."""
     found = {}
     with open_dump(path) as dump:
-        for chunk in stored_pages(dump).chunks():
+        for chunk in all_chunks(stored_pages(dump)):
             pfns = np.flatnonzero(chunk.classes == PageClass.KEPT) + chunk.pfn
             into = np.empty(len(pfns) * dump.page_size, np.uint8)
             dump.read_pages(pfns, into)

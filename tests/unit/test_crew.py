@@ -10,7 +10,8 @@ import pytest
 
 from crashkernel.capture.codec import codec_by_name
 from crashkernel.capture.crew import Crew, WorkerFailed
-from support.capture import ArraySource, page_of
+from crashkernel.capture.selection import PageClass
+from support.capture import ArraySource, ListedSelection, page_of
 
 PAGE = 0x10000  # 16 pages to a batch
 LZO = codec_by_name("lzo")
@@ -18,6 +19,11 @@ LZO = codec_by_name("lzo")
 
 def source_of(count: int, **options) -> ArraySource:
     return ArraySource({pfn: page_of(pfn % 5, pfn, PAGE) for pfn in range(count)}, PAGE, **options)
+
+
+def crew_of(count: int, workers: int, drop_zeros: bool) -> Crew:
+    source = source_of(count)
+    return Crew(source, ListedSelection(source, {}), LZO, workers, drop_zeros)
 
 
 def batches(pfns, capacity):
@@ -49,9 +55,9 @@ def check(found, source, pfns):
 def test_results_come_in_order_and_are_the_same_for_any_number_of_workers(workers):
     source = source_of(200)
     pfns = [pfn for pfn in range(200) if pfn % 7]
-    with Crew(source, LZO, 1, True) as crew:
+    with Crew(source, ListedSelection(source, {}), LZO, 1, True) as crew:
         alone = run(crew, pfns)
-    with Crew(source, LZO, workers, True) as crew:
+    with Crew(source, ListedSelection(source, {}), LZO, workers, True) as crew:
         together = run(crew, pfns)
     check(together, source, pfns)
     assert together == alone
@@ -59,7 +65,7 @@ def test_results_come_in_order_and_are_the_same_for_any_number_of_workers(worker
 
 def test_zero_pages_are_stored_when_they_are_not_to_be_dropped():
     source = source_of(20)
-    with Crew(source, LZO, 1, False) as crew:
+    with Crew(source, ListedSelection(source, {}), LZO, 1, False) as crew:
         found = run(crew, range(20))
     assert all(data for _, data in found)
     assert LZO.decompress(found[5][1], PAGE) == bytes(PAGE)
@@ -69,7 +75,7 @@ def test_zero_pages_are_stored_when_they_are_not_to_be_dropped():
 def test_a_killed_worker_costs_nothing(victims):
     source = source_of(400)
 
-    with Crew(source, LZO, 2, True) as crew:
+    with Crew(source, ListedSelection(source, {}), LZO, 2, True) as crew:
         pids = [worker.pid for worker in crew._team]
 
         def kill(number):
@@ -83,7 +89,7 @@ def test_a_killed_worker_costs_nothing(victims):
 
 def test_workers_killed_before_they_began_cost_nothing():
     source = source_of(50)
-    with Crew(source, LZO, 2, True) as crew:
+    with Crew(source, ListedSelection(source, {}), LZO, 2, True) as crew:
         for worker in crew._team:
             os.kill(worker.pid, signal.SIGKILL)
             os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
@@ -93,7 +99,7 @@ def test_workers_killed_before_they_began_cost_nothing():
 def test_pages_that_cannot_be_read_are_zeros_and_named():
     source = source_of(64, broken=(3, 40, 41))
     unreadable = []
-    with Crew(source, LZO, 2, True) as crew:
+    with Crew(source, ListedSelection(source, {}), LZO, 2, True) as crew:
         for result in crew.run(batches(range(64), crew.capacity)):
             unreadable += result.unreadable
             for pfn, size in zip(result.pfns.tolist(), result.size.tolist(), strict=True):
@@ -103,7 +109,7 @@ def test_pages_that_cannot_be_read_are_zeros_and_named():
 
 def test_a_page_that_is_not_in_the_source_is_unreadable_too():
     source = source_of(4)
-    with Crew(source, LZO, 1, True) as crew:
+    with Crew(source, ListedSelection(source, {}), LZO, 1, True) as crew:
         (result,) = crew.run([np.array([1, 2, 99])])
         assert result.unreadable == (99,)
 
@@ -114,13 +120,16 @@ def test_what_no_process_could_do_is_an_error_with_its_reason():
             raise ZeroDivisionError("bad luck")
 
     source = Bad({0: bytes(PAGE)}, PAGE)
-    with Crew(source, LZO, 1, True) as crew, pytest.raises(WorkerFailed, match="ZeroDivisionError: bad luck"):
+    with (
+        Crew(source, ListedSelection(source, {}), LZO, 1, True) as crew,
+        pytest.raises(WorkerFailed, match="ZeroDivisionError: bad luck"),
+    ):
         list(crew.run([np.array([0])]))
 
 
 def test_nothing_is_left_behind():
     before = len(list(Path("/proc/self/fd").iterdir()))
-    with Crew(source_of(10), LZO, 3, True) as crew:
+    with crew_of(10, 3, True) as crew:
         pids = [worker.pid for worker in crew._team]
         generator = crew.run(batches(range(10), 2))
         next(generator)  # and not the others
@@ -131,7 +140,7 @@ def test_nothing_is_left_behind():
 
 
 def test_nothing_to_do():
-    with Crew(source_of(1), LZO, 2, True) as crew:
+    with crew_of(1, 2, True) as crew:
         assert list(crew.run([])) == []
 
 
@@ -139,7 +148,7 @@ def test_workers_die_with_who_runs_them():
     read_end, write_end = os.pipe()
     pid = os.fork()
     if pid == 0:
-        with Crew(source_of(1), LZO, 2, True) as crew:
+        with crew_of(1, 2, True) as crew:
             os.write(write_end, b"".join(worker.pid.to_bytes(8, "little") for worker in crew._team))
             os.kill(os.getpid(), signal.SIGKILL)
     os.close(write_end)
@@ -148,3 +157,35 @@ def test_workers_die_with_who_runs_them():
     assert len(data) == 16
     assert os.read(read_end, 1) == b"", "the workers hold the other end of the pipe until they end"
     os.close(read_end)
+
+
+def survey(source, workers, kill=False, **options):
+    """What a survey finds of pages that are kept, cached or free, and its selection."""
+    classes = {pfn: PageClass.FREE for pfn in source.pages if pfn % 3 == 1} | {7: PageClass.CACHE}
+    selection = ListedSelection(source, classes, **options)
+    found = []
+    with Crew(source, selection, LZO, workers, True) as crew:
+        for block in crew.survey():
+            found.append((block.present, block.kept, block.classes.tolist()))
+            if kill and len(found) == 2:
+                for worker in crew._team:
+                    os.kill(worker.pid, signal.SIGKILL)
+    return found, selection, classes
+
+
+@pytest.mark.parametrize(("workers", "kill"), [(0, False), (1, False), (3, False), (2, True)])
+def test_a_survey_is_the_same_whoever_does_it(monkeypatch, workers, kill):
+    monkeypatch.setattr("crashkernel.capture.crew.BLOCK", 64)
+    source = source_of(700)
+    del source.pages[100], source.pages[699]
+    doubtful = (128, 640)
+    found, selection, classes = survey(source, workers, kill, doubtful=doubtful)
+    assert len(found) == 11
+    for place, wanted in ((0, set(source.pages)), (1, set(source.pages) - set(classes))):
+        bits = np.unpackbits(np.frombuffer(b"".join(block[place] for block in found), np.uint8), bitorder="little")
+        assert set(np.flatnonzero(bits).tolist()) == wanted
+    totals = np.sum([block[2] for block in found], axis=0)
+    assert (totals[PageClass.KEPT], totals[PageClass.CACHE]) == (len(source.pages) - len(classes), 1)
+    assert selection.concluded == [totals.tolist()]
+    assert set(selection.doubts) == {f"nobody knows what is at {first:#x}" for first in doubtful}
+    assert len(selection.doubts) == 2

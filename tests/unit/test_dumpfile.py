@@ -16,6 +16,7 @@ from crashkernel.capture.source import ElfVmcore, MissingMemory
 from crashkernel.capture.structure import check_structure
 from crashkernel.errors import CrashkernelError, EnvironmentFault, FormatError
 from crashkernel.memory import Range, RangeSet
+from support.capture import all_chunks
 from support.elfwriter import Part, write_elf, write_note
 from support.hostile import corrupted
 from support.kdumps import FLAGS, Kdump, in_records, write_flattened
@@ -60,7 +61,7 @@ def read_all(dump: KdumpFile, pfns) -> dict[int, bytes]:
 
 def kept_and_dropped(selection) -> tuple[list[int], list[int]]:
     kept, dropped, position = [], [], 0
-    for chunk in selection.chunks():
+    for chunk in all_chunks(selection):
         assert chunk.pfn >= position
         position = chunk.pfn + len(chunk.classes)
         assert position <= selection.max_pfn
@@ -587,7 +588,7 @@ def look_at(tmp_path_factory, data: bytes) -> None:
             if isinstance(dump, KdumpFile):
                 check_structure(dump)
                 dump.statistics()
-                for chunk in dump.kept.chunks():
+                for chunk in all_chunks(dump.kept):
                     pfns = np.flatnonzero(chunk.classes == PageClass.KEPT)[:5] + chunk.pfn
                     dump.read_pages(pfns, np.empty(len(pfns) * dump.page_size, np.uint8))
     except CrashkernelError as error:

@@ -1,6 +1,5 @@
 """K1's own view of its memory, over synthetic kernels in every layout: addresses, tables, and where the page structs are."""
 
-import time
 import tracemalloc
 from itertools import islice, pairwise
 
@@ -293,18 +292,15 @@ def test_nonsense_in_vmcoreinfo_is_doubted(key, value):
     assert kernel.doubts
 
 
-def test_a_large_machine_takes_little_time_and_memory():
+def test_a_large_machine_takes_little_memory():
     """1 TiB of ppc64 has 65,536 sections; what is read ahead does not grow with it."""
     made = SyntheticKernel(arch="ppc64le", page_size=0x10000, ranges=((0, TIB),), vmemmap_shift=21)
     source = made.source()
     tracemalloc.start()
-    begin = time.process_time()
     runs = sum(1 for _ in CrashedKernel(source).page_structs())
-    elapsed = time.process_time() - begin
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert runs == 33  # the builder's 32 tables of sections lie between the blocks
-    assert elapsed < 65_536 * 5e-6
     assert peak < 8 * MIB
     assert source.reads < 200
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from crashkernel.capture import crew as crew_module
 from crashkernel.capture import writer
 from crashkernel.capture.codec import CODECS, codec_by_name, codec_for_flag
 from crashkernel.capture.crew import Crew
@@ -34,8 +35,8 @@ def classes_of(source: ArraySource) -> dict[int, PageClass]:
 
 
 def write(path, source, selection, codec=ZSTD, workers=1, form="kdump", drop_zeros=True, tell=lambda _: None):
-    with Crew(source, codec, workers, drop_zeros) as crew, path.open("wb") as file:
-        return write_dump(source, identity(source.byteorder), selection, crew, file.fileno(), form, tell)
+    with Crew(source, selection, codec, workers, drop_zeros) as crew, path.open("wb") as file:
+        return write_dump(identity(source.byteorder), crew, file.fileno(), form, tell)
 
 
 def read_kdump(data: bytes, page_size: int, byteorder: str) -> dict[int, bytes]:
@@ -101,9 +102,9 @@ def into_pipe(source, selection, codec=ZSTD, form="kdump", piece=777):
             received.extend(data)
 
     reader = threading.Thread(target=drain)
-    with Crew(source, codec, 2, form == "kdump") as crew:
+    with Crew(source, selection, codec, 2, form == "kdump") as crew:
         reader.start()
-        written = write_dump(source, identity(source.byteorder), selection, crew, write_end, form)
+        written = write_dump(identity(source.byteorder), crew, write_end, form)
         os.close(write_end)
     reader.join(30)
     os.close(read_end)
@@ -195,12 +196,12 @@ def test_any_memory_map_and_any_selection(tmp_path_factory, kinds, chunk, droppe
     source = ArraySource({pfn: page_of(kind, pfn, PAGE) for pfn, kind in kinds.items()}, PAGE)
     classes = {pfn: PageClass.FREE for pfn in dropped if pfn in kinds}
     path = tmp_path_factory.mktemp("any") / "dump"
-    before = writer._BLOCK
-    writer._BLOCK = block * 8
+    before = crew_module.BLOCK
+    crew_module.BLOCK = block * 8
     try:
         write(path, source, ListedSelection(source, classes, chunk=chunk))
     finally:
-        writer._BLOCK = before
+        crew_module.BLOCK = before
     assert read_kdump(path.read_bytes(), PAGE, "little") == expected(source, classes)
 
 
@@ -218,11 +219,11 @@ def test_pages_beyond_what_32_bits_count(tmp_path):
 def test_a_full_disk_is_an_os_error(tmp_path):
     source = machine(50)
     with (
-        Crew(source, ZSTD, 1, True) as crew,
+        Crew(source, ListedSelection(source, {}), ZSTD, 1, True) as crew,
         Path("/dev/full").open("wb") as full,
         pytest.raises(OSError, match="No space left"),
     ):
-        write_dump(source, identity(), ListedSelection(source, {}), crew, full.fileno())
+        write_dump(identity(), crew, full.fileno())
 
 
 def test_it_tells_how_far_it_is(tmp_path):

@@ -422,7 +422,7 @@ class Bench:
         return tuple(np.flatnonzero((kept <= _QUIET) & (known == 1) & later).tolist())
 
     def _filter(self, memory: int, big: Path, scratch: Path) -> FilterSpeed:
-        command = (sys.executable, "-m", "crashkernel.bench.filterpass", str(big), str(LEVEL))
+        command = (sys.executable, "-m", "crashkernel.bench.filterpass", str(big), str(LEVEL), str(WORKERS[-1]))
         mine = Contender(f"our filter, {memory >> 30} GiB", lambda _output: command)
         fastest, rounds = self._filter_rounds(mine, big, scratch)
         peak = contest.peak_memory(mine, scratch, _DEADLINE)

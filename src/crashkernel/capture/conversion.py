@@ -232,13 +232,11 @@ def _rewrite(dump: Dump, descriptor: int, form: Form, codec: Codec, tell: Tell) 
     selection = stored_pages(dump)
     drop_zeros = form != "elf" and bool(selection.level & DL_ZERO)
     with contextlib.ExitStack() as stack:
-        crew = stack.enter_context(Crew(dump, codec, len(os.sched_getaffinity(0)), drop_zeros))
+        crew = stack.enter_context(Crew(dump, selection, codec, len(os.sched_getaffinity(0)), drop_zeros))
         # the workers are forked by now, or they would hold the pipe open
         where = stack.enter_context(_in_order(descriptor)) if form == "flattened" else descriptor
         written = write_dump(
-            dump,
             _identity(dump, kernel),
-            selection,
             crew,
             where,
             "elf" if form == "elf" else "kdump",

@@ -1,10 +1,10 @@
-"""Many processes that read and compress pages; results come back in order, whatever the number of processes.
+"""Many processes that look at pages, read and compress them; results come back in order, whatever the number of processes.
 
-A worker is a fork of the capture. It is told which pages to take, reads them from the source, finds those that are all zeros,
-compresses the others, and says that it is done; pages and results lie in memory that both share, so that nothing is
-copied between processes. Who runs the crew writes the results, alone and in order: so a dump is the same whatever the number of
-workers, and a worker that dies (the capture kernel is short of memory, and the kernel kills) takes nothing with it: what it had
-not finished is done again, by the process that runs the crew if there is nobody else.
+A worker is a fork of the capture. It is told which block of page frames to survey, or which pages to take: it reads those from
+the source, finds the ones that are all zeros, compresses the others, and says that it is done. Requests and results lie in
+memory that both share, so nothing is copied between processes. Who runs the crew writes the results, alone and in order: so a
+dump is the same for any number of workers, and a worker that dies (the capture kernel is short of memory, and the kernel kills)
+takes nothing with it. What it had not finished is done again, by the process that runs the crew.
 """
 
 from __future__ import annotations
@@ -26,17 +26,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crashkernel.capture.codec import Codec, Compress, PageBatch
+from crashkernel.capture.selection import PageClass, Selection
 from crashkernel.capture.source import MissingMemory, Source
 from crashkernel.errors import CrashkernelError, EnvironmentFault
 
 Pfns = NDArray[np.int64]
+_NO_PFNS: Pfns = np.empty(0, np.int64)
 
 BATCH_BYTES = 1 << 20
 """Bytes of pages in a batch: large enough that handing it over costs little, small enough to stay in a CPU's cache."""
 
-_SLOTS = 3  # batches a worker may have: one in hand, one waiting, one being written
-_REQUEST = struct.Struct("=II")  # slot, pages
-_REPLY = struct.Struct("=II")  # slot, pages that could not be read; or _FAILED
+BLOCK = 1 << 20
+"""Page frames that are surveyed at a time: 4 GiB of 4 KiB pages."""
+
+_SLOTS = 3  # tasks a worker may have: one in hand, one waiting, one being written
+_REQUEST = struct.Struct("=IIQ")  # kind of task, slot, pages or number of the block
+_PAGES, _BLOCK = range(2)
+_REPLY = struct.Struct("=II")  # slot, and the task's answer or _FAILED
 _FAILED = 0xFFFFFFFF
 _EXPENDABLE = b"500"  # oom_score_adj: of all processes here, a worker is the one that can be spared
 
@@ -60,10 +66,22 @@ class Result:
     unreadable: tuple[int, ...]
 
 
-class _Slot:
-    """Shared memory for one batch, and how to do it: read, look for zeros, compress."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Surveyed:
+    """A block of page frames: bits of those that are there and of those to keep, and how many there are of each class.
 
-    def __init__(self, capacity: int, page_size: int) -> None:
+    Bit n of byte m is the 8m + n-th page frame of the block.
+    """
+
+    present: bytes
+    kept: bytes
+    classes: NDArray[np.int64]
+
+
+class _Slot:
+    """Shared memory for one task, and how to do it."""
+
+    def __init__(self, capacity: int, page_size: int, block: int) -> None:
         size = PageBatch.bytes_for(capacity, page_size)
         self._memory = mmap.mmap(-1, size + 9 * capacity)
         view = memoryview(self._memory)
@@ -73,6 +91,27 @@ class _Slot:
         self.unreadable: NDArray[np.uint8] = rest[8 * capacity :]
         self._compress: Compress | None = None
         self._words = self.batch.pages.view(np.uint64).reshape(capacity, -1)
+        # a survey lies where compressed pages would
+        bits = 8 * 256 + block // 8
+        counts, self._present, self._kept, self._doubts = np.split(self.batch.stored, [8 * 256, bits, bits + block // 8])
+        self._classes: NDArray[np.int64] = counts.view(np.int64)
+
+    def survey(self, classes: NDArray[np.uint8], doubts: Iterable[str]) -> int:
+        """Note the classes of a block's pages, and what is doubtful about them; the size of the latter."""
+        self._present[:] = np.packbits(classes != PageClass.ABSENT, bitorder="little")
+        self._kept[:] = np.packbits(classes == PageClass.KEPT, bitorder="little")
+        self._classes[:] = np.bincount(classes, minlength=256)
+        text = "\n".join(doubts).encode()[: len(self._doubts)]
+        self._doubts[: len(text)] = np.frombuffer(text, np.uint8)
+        return len(text)
+
+    def surveyed(self) -> Surveyed:
+        """What `survey` found."""
+        return Surveyed(self._present.tobytes(), self._kept.tobytes(), self._classes.copy())
+
+    def doubts(self, size: int) -> list[str]:
+        """The doubts that it came to."""
+        return self._doubts[:size].tobytes().decode(errors="replace").splitlines()
 
     def do(self, count: int, source: Source, codec: Codec, *, drop_zeros: bool) -> int:
         """Do the batch of the first `count` of `pfns`; how many of them could not be read."""
@@ -128,21 +167,24 @@ class _Worker:
 
 @dataclass(slots=True, eq=False)
 class _Job:
+    kind: int
     pfns: Pfns
+    block: int = 0  # its number
     worker: _Worker | None = None
     slot: _Slot | None = None
-    failed: int | None = None  # once it is done
+    answer: int | None = None  # once it is done
 
 
 @dataclass(eq=False)
 class Crew:
-    """`workers` processes that take pages from `source` and compress them with `codec`; a context manager.
+    """`workers` processes that survey `selection`, take pages from `source` and compress them with `codec`; a context manager.
 
     None do it in the process that runs the crew: on a single CPU more would only take memory. With `drop_zeros` a page of zeros
     is found, not stored.
     """
 
     source: Source
+    selection: Selection
     codec: Codec
     workers: int
     drop_zeros: bool
@@ -152,7 +194,20 @@ class Crew:
     def __post_init__(self) -> None:
         self.page_size = self.source.page_size
         self.capacity = max(1, BATCH_BYTES // self.page_size)
-        self._own = _Slot(self.capacity, self.page_size)
+        self.block = BLOCK
+        self._own = _Slot(self.capacity, self.page_size, self.block)
+
+    def blocks(self) -> range:
+        """The numbers of all blocks of page frames."""
+        return range(-(-self.selection.max_pfn // self.block))
+
+    def classes_of(self, number: int) -> NDArray[np.uint8]:
+        """The class of each page frame of a block; what lies beyond the selection's last is absent."""
+        start = number * self.block
+        classes = np.full(self.block, PageClass.ABSENT, np.uint8)
+        for chunk in self.selection.chunks_of(start, min(start + self.block, self.selection.max_pfn)):
+            classes[chunk.pfn - start : chunk.pfn - start + len(chunk.classes)] = chunk.classes
+        return classes
 
     @staticmethod
     def memory_for(page_size: int) -> int:
@@ -172,70 +227,93 @@ class Crew:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._dismiss()
 
+    def survey(self) -> Iterator[Surveyed]:
+        """Go over all pages; yields every block from page frame 0 on. Then the selection has the doubts of all workers.
+
+        :raise WorkerFailed: something that no other process could do either.
+        """
+        total = np.zeros(256, np.int64)
+        for job in self._in_order(_Job(_BLOCK, _NO_PFNS, number) for number in self.blocks()):
+            assert job.slot is not None
+            found = job.slot.surveyed()
+            self.selection.doubts += [doubt for doubt in job.slot.doubts(job.answer or 0) if doubt not in self.selection.doubts]
+            total += found.classes
+            yield found
+        self.selection.conclude(total)
+
     def run(self, batches: Iterable[Pfns]) -> Iterator[Result]:
         """Do all batches, each of at most `capacity` page frames in ascending order; yields their results in the same order.
 
         :raise WorkerFailed: something that no other process could do either.
         """
-        waiting = iter(batches)
+        for job in self._in_order(_Job(_PAGES, pfns) for pfns in batches):
+            assert job.slot is not None
+            count = len(job.pfns)
+            unreadable = tuple(job.pfns[job.slot.unreadable[:count] != 0].tolist()) if job.answer else ()
+            yield Result(job.pfns, job.slot.batch.address[:count], job.slot.batch.size[:count], unreadable)
+
+    def _in_order(self, waiting: Iterator[_Job]) -> Iterator[_Job]:
+        """Have jobs done; yields each when it is, in their order. Its slot is its own until the next is asked for."""
         jobs: deque[_Job] = deque()
         more = True
         while True:
-            while more and (worker := self._idle()):
-                pfns = next(waiting, None)
-                if pfns is None:
+            while more and ((not self._team and not jobs) or self._idle()):
+                job = next(waiting, None)
+                if job is None:
                     more = False
                 else:
-                    jobs.append(self._hand_out(_Job(pfns), worker))
+                    jobs.append(job)
+                    if worker := self._idle():
+                        self._hand_out(job, worker)
             if not jobs:
-                if not more:
-                    return
-                pfns = next(waiting, None)  # no worker is left
-                if pfns is None:
-                    return
-                jobs.append(_Job(pfns))
+                return
             job = jobs[0]
             self._listen(jobs, wait=False)
-            while job.failed is None and job.worker is not None:
+            while job.answer is None and job.worker is not None:
                 self._listen(jobs, wait=True)
-            if job.failed is None:
+            if job.answer is None:
                 job.slot = self._own
-                self._own.pfns[: len(job.pfns)] = job.pfns
-                job.failed = self._own.do(len(job.pfns), self.source, self.codec, drop_zeros=self.drop_zeros)
-            assert job.slot is not None
-            count = len(job.pfns)
-            unreadable = tuple(job.pfns[job.slot.unreadable[:count] != 0].tolist()) if job.failed else ()
-            yield Result(job.pfns, job.slot.batch.address[:count], job.slot.batch.size[:count], unreadable)
+                job.answer = self._do(job.slot, job)
+            yield job
             jobs.popleft()
-            if job.worker is not None:
+            if job.worker is not None and job.slot is not None:
                 job.worker.free.append(job.slot)
+
+    def _do(self, slot: _Slot, job: _Job) -> int:
+        """Do a job in this process."""
+        if job.kind == _BLOCK:
+            known = len(self.selection.doubts)
+            classes = self.classes_of(job.block)
+            return slot.survey(classes, self.selection.doubts[known:])
+        slot.pfns[: len(job.pfns)] = job.pfns
+        return slot.do(len(job.pfns), self.source, self.codec, drop_zeros=self.drop_zeros)
 
     def _idle(self) -> _Worker | None:
         """The worker with most room for another batch."""
         best = max(self._team, key=lambda worker: len(worker.free), default=None)
         return best if best is not None and best.free else None
 
-    def _hand_out(self, job: _Job, worker: _Worker) -> _Job:
+    def _hand_out(self, job: _Job, worker: _Worker) -> None:
         slot = worker.free.pop()
         slot.pfns[: len(job.pfns)] = job.pfns
         job.worker, job.slot = worker, slot
+        request = _REQUEST.pack(job.kind, worker.slots.index(slot), job.block or len(job.pfns))
         # a worker that has died is noticed when it is listened to
         with contextlib.suppress(BrokenPipeError):
-            os.write(worker.requests, _REQUEST.pack(worker.slots.index(slot), len(job.pfns)))
-        return job
+            os.write(worker.requests, request)
 
     def _listen(self, jobs: Iterable[_Job], *, wait: bool) -> None:
         """Note what workers have done, and which have died."""
         for descriptor, _ in self._poll.poll(None if wait else 0):
             worker = next(each for each in self._team if each.replies == descriptor)
             data = os.read(descriptor, _SLOTS * _REPLY.size)
-            for number, failed in _REPLY.iter_unpack(data):
+            for number, answer in _REPLY.iter_unpack(data):
                 slot = worker.slots[number]
-                if failed == _FAILED:
+                if answer == _FAILED:
                     size = int(slot.batch.size[0])
                     raise WorkerFailed(bytes(slot.batch.stored[:size]).decode(errors="replace"))
                 job = next(each for each in jobs if each.slot is slot)
-                job.failed = failed
+                job.answer = answer
             if not data:
                 self._bury(worker, jobs)
 
@@ -244,13 +322,13 @@ class Crew:
         for job in jobs:
             if job.worker is worker:
                 job.worker = None  # to be done again here; what is done stays valid in its slot
-                if job.failed is None:
+                if job.answer is None:
                     job.slot = None
 
     # -- processes
 
     def _fork(self) -> None:
-        slots = [_Slot(self.capacity, self.page_size) for _ in range(_SLOTS)]
+        slots = [_Slot(self.capacity, self.page_size, self.block) for _ in range(_SLOTS)]
         their_requests, requests = os.pipe()
         replies, their_replies = os.pipe()
         pid = os.fork()
@@ -274,10 +352,11 @@ class Crew:
             with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "wb") as score:  # noqa: PTH123
                 score.write(_EXPENDABLE)
             while request := os.read(requests, _REQUEST.size):
-                number, count = _REQUEST.unpack(request)
+                kind, number, argument = _REQUEST.unpack(request)
                 slot = slots[number]
                 try:
-                    answer = slot.do(count, self.source, self.codec, drop_zeros=self.drop_zeros)
+                    pfns = slot.pfns[:argument] if kind == _PAGES else _NO_PFNS
+                    answer = self._do(slot, _Job(kind, pfns, argument))
                 except MemoryError:
                     break  # as if it had been killed
                 except Exception as error:

@@ -10,6 +10,7 @@ dumped before each block of some thousand. From that and one block of the bitmap
 from __future__ import annotations
 
 import os
+from bisect import bisect_left, bisect_right
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -432,17 +433,22 @@ class KeptPages:
         self.page_size = dump.page_size
         self.max_pfn = dump.max_pfn
         self.level = dump.level
+        self.doubts: list[str] = []
 
-    def chunks(self) -> Iterator[Chunk]:
-        """Yield all chunks."""
-        present, dumped = self._dump.present, self._dump.dumped
-        for (pfn, memory), (_, kept) in zip(present.pieces(), dumped.pieces(), strict=True):
+    def chunks_of(self, first: int, last: int) -> Iterator[Chunk]:
+        """Yield the classes of the page frames [first, last)."""
+        step = 8 * PIECE
+        for start in range(first - first % step, last, step):
+            memory, kept = (bitmap.raw(start, step) for bitmap in (self._dump.present, self._dump.dumped))
             if not (memory.any() or kept.any()):
                 continue
             classes = np.full(8 * len(memory), PageClass.ABSENT, np.uint8)
             classes[np.unpackbits(memory, bitorder="little") != 0] = PageClass.POISONED
             classes[np.unpackbits(kept, bitorder="little") != 0] = PageClass.KEPT
-            yield Chunk(pfn, classes[: self.max_pfn - pfn])
+            yield Chunk(max(start, first), classes[max(first - start, 0) : min(last, self.max_pfn) - start])
+
+    def conclude(self, classes: NDArray[np.int64]) -> None:
+        """A dump has what it has."""
 
 
 class StoredPages:
@@ -455,26 +461,35 @@ class StoredPages:
         self.page_size = vmcore.page_size
         self.max_pfn = max((-(-each.end // self.page_size) for each in vmcore.segments), default=0)
         self.level = 0 if all(each.file_offset is not None for each in vmcore.segments) else MAX_DUMP_LEVEL
-        self._segments = vmcore.segments
+        self.doubts: list[str] = []
+        # first page frame, last one, and where it is in the file; both ascend, as segments do not overlap
+        self._spans = [
+            (each.paddr // self.page_size, -(-each.end // self.page_size), each.file_offset) for each in vmcore.segments
+        ]
+        self._starts = [start for start, _, _ in self._spans]
+        self._ends = [end for _, end, _ in self._spans]
 
-    def chunks(self) -> Iterator[Chunk]:
-        """Yield all chunks."""
+    def chunks_of(self, first: int, last: int) -> Iterator[Chunk]:
+        """Yield the classes of the page frames [first, last)."""
         step = 8 * PIECE
-        spans = [(each.paddr // self.page_size, -(-each.end // self.page_size), each.file_offset) for each in self._segments]
-        position, index = 0, 0
-        while index < len(spans):
-            start = max(position, spans[index][0])
-            end = min(start + step, self.max_pfn)
+        position, index = first, bisect_right(self._ends, first)
+        while index < len(self._spans) and position < last:
+            start = max(position, self._spans[index][0])
+            end = min(start + step, last)
+            if start >= end:
+                return
             classes = np.full(end - start, PageClass.ABSENT, np.uint8)
             # first what is not in the file, so that a page which is in parts is kept
-            inside = [each for each in spans[index:] if each[0] < end]
-            for first, last, offset in sorted(inside, key=lambda each: each[2] is not None):
+            inside = self._spans[index : bisect_left(self._starts, end)]
+            for low, high, offset in sorted(inside, key=lambda each: each[2] is not None):
                 value = PageClass.POISONED if offset is None else PageClass.KEPT
-                classes[max(first - start, 0) : max(last - start, 0)] = value
+                classes[max(low - start, 0) : max(high - start, 0)] = value
             yield Chunk(start, classes)
             position = end
-            while index < len(spans) and spans[index][1] <= end:
-                index += 1
+            index = bisect_right(self._ends, position)
+
+    def conclude(self, classes: NDArray[np.int64]) -> None:
+        """A dump has what it has."""
 
 
 # ------------------------------------------------------------------------------------------------------------- opening

@@ -258,18 +258,19 @@ class CrashedKernel:
 
     # --- page structs
 
-    def page_structs(self) -> Iterator[PageStructs]:
+    def page_structs(self, first: int = 0) -> Iterator[PageStructs]:
         """Yield where the page structs are, in ascending order of page frames, as few and as long runs as there are.
 
-        Lazily: no more than some thousand sections are looked at ahead. Left out are sections the kernel had not online, whose
-        page structs it may never have written, and all that is doubtful: a page whose struct is not named here must be kept.
+        From the section on that the page frame `first` is in. Lazily: no more than some thousand sections are looked at ahead.
+        Left out are sections the kernel had not online, whose page structs it may never have written, and all that is doubtful:
+        a page whose struct is not named here must be kept.
         """
         try:
             sections = self._sections()
         except CrashkernelError as error:
             self.doubt(f"where the page structs are: {error}")
             return
-        for pfn, count, vaddr in self._section_runs(sections):
+        for pfn, count, vaddr in self._section_runs(sections, first // sections.pages):
             yield from self._located(pfn, count, vaddr, sections.page_struct_size)
 
     def _sections(self) -> _Sections:
@@ -305,15 +306,18 @@ class CrashedKernel:
         sections = 1 << max(0, min(info.number("MAX_PHYSMEM_BITS") - section_size_bits, 64))
         return info.length("mem_section") == -(-sections // per_root)
 
-    def _section_maps(self, sections: _Sections) -> Iterator[tuple[int, NDArray[np.uint64]]]:
-        """Yield section_mem_map of consecutive sections, and the number of the first: a few thousand at a time."""
+    def _section_maps(self, sections: _Sections, begin: int) -> Iterator[tuple[int, NDArray[np.uint64]]]:
+        """Yield section_mem_map of consecutive sections, and the number of the first: a few thousand at a time.
+
+        Sections before the one numbered `begin` may be left out.
+        """
         dtype = np.dtype(np.uint64).newbyteorder("<" if self.source.byteorder == "little" else ">")
         per_root = sections.per_root(self._page_size)
         size = per_root * sections.section_size
         roots = -(-sections.count // per_root)
         if sections.extreme and "LENGTH(mem_section)" in self.info:
             roots = min(roots, self.info.length("mem_section"))
-        for first in range(0, roots, _ROOTS_AT_A_TIME):
+        for first in range(begin // per_root, roots, _ROOTS_AT_A_TIME):
             some = min(_ROOTS_AT_A_TIME, roots - first)
             if sections.extreme:
                 try:
@@ -338,11 +342,15 @@ class CrashedKernel:
                 maps[index] = np.ascontiguousarray(column).view(dtype)[:, 0]
             yield first * per_root, maps.reshape(-1)[: sections.count - first * per_root]
 
-    def _section_runs(self, sections: _Sections) -> Iterator[tuple[int, int, int]]:
-        """Yield (page frame, number of page frames, virtual address of the first one's struct) of sections in one piece."""
+    def _section_runs(self, sections: _Sections, begin: int) -> Iterator[tuple[int, int, int]]:
+        """Yield (page frame, number of page frames, virtual address of the first one's struct) of sections in one piece.
+
+        They begin with the section numbered `begin`.
+        """
         step = sections.pages * sections.page_struct_size
         run: tuple[int, int, int] | None = None  # number of the first section, how many, virtual address
-        for first, maps in self._section_maps(sections):
+        for first, maps in self._section_maps(sections, begin):
+            maps[: max(begin - first, 0)] = 0
             wanted = np.uint64(_SECTION_PRESENT | _SECTION_HAS_MEM_MAP | _SECTION_ONLINE)
             there = (maps & wanted) == wanted
             mapped = np.uint64(_SECTION_PRESENT | _SECTION_HAS_MEM_MAP)

@@ -41,7 +41,6 @@ import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -84,11 +83,11 @@ _MOST_FREE_ORDERS = 32  # a free block has less than 2^32 pages on any kernel: M
 _ANON = 1  # of page.mapping: PAGE_MAPPING_ANON (include/linux/page-flags.h)
 _TAIL = 1  # of page.compound_head
 
-_SAMPLED_CHUNKS = 16
-"""Chunks, spread over the machine, whose share of free pages is held against the kernel's own count before one is dropped."""
+_SAMPLES = 64
+"""Places, spread over memory, whose share of free pages is held against the kernel's own count before one is dropped."""
 
-_EXCESS_OF_ALL, _EXCESS_OF_SOME = 1 / 16, 1 / 2
-"""By what share of memory that may be wrong, if all of it was looked at, and if some chunks were."""
+_EXCESS_OF_ALL, _EXCESS_OF_SOME = 1 / 16, 1 / 3
+"""By what share of memory that may be wrong, if all of it was looked at, and if some places were."""
 
 _MOST_NODES, _MOST_ZONES = 1 << 10, 8
 """Of a kernel's memory: CONFIG_NODES_SHIFT is 10 at most, enum zone_type has 6 at most."""
@@ -111,8 +110,8 @@ class DeadKernel(Protocol):
         """Its VMCOREINFO."""
         ...
 
-    def page_structs(self) -> Iterator[PageStructs]:
-        """Yield where the page structs are, in ascending order of page frames."""
+    def page_structs(self, first: int = 0) -> Iterator[PageStructs]:
+        """Yield where the page structs are, in ascending order, at least those of the page frames from `first` on."""
         ...
 
     def read(self, vaddr: int, size: int) -> bytes:
@@ -163,6 +162,10 @@ class _Rules:
     cache_private: bool  # page cache with private data is dropped as well
     user: bool
     free: bool
+
+    def largest_order(self) -> int:
+        """Log2 of the number of pages of the largest block there is."""
+        return max(self.max_order, self.free_orders)
 
     def sampled_pages(self) -> tuple[int, int]:
         """Return the numbers of pages of blocks that may be worth judging by their first page alone, the smaller one first.
@@ -614,8 +617,7 @@ class _Array:
 class PageFilter:
     """The pages of a dead kernel that a dump level keeps, as a `Selection`.
 
-    `doubts` are in words, for the console: what could not be told, so that its pages are kept. Those that show only on the way
-    are there after a pass.
+    `doubts` that show only on the way are there after a pass.
 
     :raise UsageError: there is no such level.
     """
@@ -633,70 +635,62 @@ class PageFilter:
         reader = _RuleReader(kernel.info, source.byteorder, source.page_size, level)
         self._rules = reader.rules()
         self.doubts += reader.doubts
-        self._checked = False  # whether the marks of free pages have been held against
-        self._counted: int | None = None  # the kernel's own count of them
-
-    def chunks(self) -> Iterator[Chunk]:
-        """Yield the classes of all pages; memory in use does not grow with the machine."""
-        return self.chunks_of(0, self.max_pfn)
+        self._counted: int | None = None  # free pages by the kernel's own count
+        self._distrust_free()
 
     def chunks_of(self, first: int, last: int) -> Iterator[Chunk]:
-        """Yield the classes of the page frames [first, last), the same that `chunks` has for them.
+        """Yield the classes of the page frames [first, last).
 
         So several processes can share the work, each with a part of the machine and its own `doubts`.
         """
-        self._distrust_free()
         walk: _Walk | None = None
-        free = 0
         for start, end in self._cells(first, last):
             present = self._present(start, end)
             if self._rules is None:
                 classes = np.zeros(end - start, np.uint8)
             else:
                 if walk is None:
-                    walk = _Walk(self._source, self._rules, self._kernel.page_structs())
+                    lowest = start & -(1 << self._rules.largest_order())  # where a block that reaches here can begin
+                    walk = _Walk(self._source, self._rules, self._kernel.page_structs(lowest))
                     walk.begin(start, self._present)
                 classes = walk.classes(start, end, present)
-                free += int(np.count_nonzero(classes == PageClass.FREE))
             if present is not None:
                 classes[~present] = PageClass.ABSENT
             yield Chunk(max(start, first), classes[max(first - start, 0) : max(min(last, end) - start, 0)])
         if walk is not None:
             for text in walk.findings.texts():
                 self._doubt(text)
-            if (first, last) == (0, self.max_pfn):
-                self._compare_free(free)
 
     def _distrust_free(self) -> None:
         """Keep all free pages if far more are marked free than the kernel counts: then the mark means something else.
 
-        On a large machine some chunks stand for all of it, and as free memory lies in clusters they may be off by a half.
+        A few places stand for a large machine, so only a gross excess counts.
         """
-        if self._checked or self._rules is None or not self._rules.free:
+        if self._rules is None or not self._rules.free:
             return
-        self._checked = True
         self._counted = counted = _counted_free(self._kernel, self._source.byteorder)
         if counted is None or not self._memory:
             return
-        cells = sum(1 for _ in self._cells(0, self.max_pfn))
-        stride = -(-cells // _SAMPLED_CHUNKS)
+        all_pages = sum(high - low for low, high in self._memory)
+        window = max(_MOST_SAMPLED, min(1 << (self._rules.free_orders - 1), _CHUNK_PAGES))  # in which free blocks are whole
+        step = max(all_pages // _SAMPLES // window, 1) * window
         walk = _Walk(self._source, self._rules, self._kernel.page_structs())
         pages = free = 0
-        for start, end in islice(self._cells(0, self.max_pfn), 0, None, stride):
-            present = self._present(start, end)
-            walk.begin(start, self._present)
-            pages += end - start if present is None else int(np.count_nonzero(present))
-            marked = walk.classes(start, end, present) == PageClass.FREE
-            free += int(np.count_nonzero(marked if present is None else marked & present))
-        all_pages = sum(high - low for low, high in self._memory)
+        for low, high in self._memory:
+            for start in range(low // window * window, high, step):
+                end = min(start + window, self.max_pfn)
+                present = self._present(start, end)
+                pages += end - start if present is None else int(np.count_nonzero(present))
+                free += walk.marked_free(start, end)
         excess = free / pages - counted / all_pages
-        if excess > (_EXCESS_OF_ALL if stride == 1 else _EXCESS_OF_SOME):
+        if excess > (_EXCESS_OF_ALL if step == window else _EXCESS_OF_SOME):
             self._rules = replace(self._rules, free=False, buddy_type=None, unaccepted_type=None, free_orders=0)
             marks, counts = f"{free / pages:.0%} of memory is marked free", f"the kernel counts {counted / all_pages:.0%}"
             self._doubt(f"{marks}, but {counts}: free pages are kept")
 
-    def _compare_free(self, free: int) -> None:
-        """Doubt, after a pass over everything, that all free pages were found."""
+    def conclude(self, classes: NDArray[np.int64]) -> None:
+        """Doubt, after a pass over everything that found so many pages of each class, that all free pages were found."""
+        free = int(classes[PageClass.FREE])
         if self._counted is None or self._rules is None or not self._rules.free:
             return
         all_pages = sum(high - low for low, high in self._memory)
@@ -792,7 +786,7 @@ class _Walk:
         Its first page can only be where a block of a size that would reach this far is aligned.
         """
         size = self._rules.size
-        orders = range(max(self._rules.max_order, self._rules.free_orders), 0, -1)
+        orders = range(self._rules.largest_order(), 0, -1)
         for first in sorted({start & -(1 << order) for order in orders} - {start}):
             pieces = self._array.pieces(first, first + 2)
             if len(pieces) != 1 or pieces[0][1] - pieces[0][0] != 2 or not self._read(pieces[0][2], self._pairs[: 2 * size]):
@@ -826,6 +820,16 @@ class _Walk:
         half, large = (2 * each >= end - start for each in self._covered)
         self._step = self._large if large else self._half if half else 0
         return classes
+
+    def marked_free(self, start: int, end: int) -> int:
+        """Return how many pages are in free blocks that begin in [start, end), going by their marks alone."""
+        rules, size = self._rules, self._rules.size
+        structs = self._buffer[: (end - start) * size]
+        self._fill(structs, start, end, self._array.pieces(start, end))
+        marked = np.flatnonzero(structs.view(np.uint32).reshape(-1, size // 4)[:, rules.mapcount] == rules.buddy_type)
+        orders = structs.view(np.uint64).reshape(-1, size // 8)[marked, rules.private]
+        orders = orders.byteswap() if rules.swapped else orders
+        return int((1 << orders[orders < rules.free_orders].astype(np.int64)).sum())
 
     def _cover(self, sizes: _Index) -> None:
         """Count blocks of so many pages each."""

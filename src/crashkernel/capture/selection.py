@@ -41,16 +41,24 @@ class Chunk:
 
 
 class Selection(Protocol):
-    """Which pages of a source go into a dump. Chunks come in ascending order, do not overlap, and cover every present page.
+    """Which pages of a source go into a dump.
 
-    `chunks` can be called again and gives the same answer: a dump's page descriptors stand before its pages, so a writer
-    must know how many there are before it writes the first.
+    It can be asked more than once, by many processes, and gives the same answer: a dump's page descriptors stand before its
+    pages, so a writer must know how many there are before it writes the first.
     """
 
     page_size: int  # bytes
     max_pfn: int  # one more than the highest page frame number of the source
     level: int  # the dump level that was applied, 0 to 31
+    doubts: list[str]  # in words, for the console: what could not be told, so that its pages are kept
 
-    def chunks(self) -> Iterator[Chunk]:
-        """Yield all chunks; memory in use does not grow with the machine."""
+    def chunks_of(self, first: int, last: int) -> Iterator[Chunk]:
+        """Yield the classes of every page of the page frames [first, last) that is there, in ascending order, each once.
+
+        Memory in use does not grow with the machine.
+        """
+        ...
+
+    def conclude(self, classes: NDArray[np.int64]) -> None:
+        """Everything was gone over, and there were so many pages of each class: doubt what is wrong with that."""
         ...

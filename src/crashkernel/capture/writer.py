@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 
 from crashkernel.capture.crew import Crew, Pfns, Result
 from crashkernel.capture.identity import Identity
-from crashkernel.capture.selection import PageClass, Selection
-from crashkernel.capture.source import Source
+from crashkernel.capture.selection import PageClass
 from crashkernel.formats import diskdump, elf, flattened
 from crashkernel.formats.elf import ByteOrder
 from crashkernel.memory import RangeSet, align_up
@@ -30,7 +29,6 @@ DumpFormat = Literal["kdump", "elf"]
 FORMATS: tuple[DumpFormat, ...] = ("kdump", "elf")
 
 _REMEMBERED = 8 << 20  # bytes of kept-page bitmap to keep from the first pass: 256 GiB of 4 KiB pages
-_BLOCK = 1 << 20  # pages that are looked at before their bits are written
 _DESCRIPTORS = 8192  # page descriptors that are collected before they are written
 _IOV_MAX = 1024  # include/uapi/linux/uio.h, UIO_MAXIOV
 
@@ -80,18 +78,15 @@ class _Tally:
 
 
 def write_dump(
-    source: Source,
     identity: Identity,
-    selection: Selection,
     crew: Crew,
     descriptor: int,
     form: DumpFormat = "kdump",
     tell: Listener = lambda _: None,
 ) -> Written:
-    """Write the pages that `selection` keeps, and what a reader needs to find them, to `descriptor`.
+    """Write the pages that `crew`'s selection keeps, and what a reader needs to find them, to `descriptor`.
 
-    `crew` reads from the same source; for plain ELF it stores pages as they are, zeros too. The descriptor is left open, and
-    nothing is flushed.
+    For plain ELF the crew stores pages as they are, zeros too. The descriptor is left open, and nothing is flushed.
 
     :raise OSError: the descriptor does not take it (full, gone, closed at the other end).
     :raise WorkerFailed: a page could be neither read nor compressed.
@@ -100,10 +95,10 @@ def write_dump(
     output: _Output
     if form == "elf":
         output = _Sequential(descriptor)
-        tally = _write_elf(source, identity, selection, crew, output, tell)
+        tally = _write_elf(identity, crew, output, tell)
     else:
         output = _Seekable(descriptor) if seekable else _Flattened(descriptor)
-        tally = _write_kdump(source, identity, selection, crew, output, tell)
+        tally = _write_kdump(identity, crew, output, tell)
     output.finish()
     return Written(output.size, tally.by_class(), tally.zero, tuple(tally.unreadable), not seekable)
 
@@ -208,55 +203,31 @@ class _Sequential(_Output):
 # --------------------------------------------------------------------------------------------- which pages, and batches
 
 
-def _blocks(selection: Selection) -> Iterator[NDArray[np.uint8]]:
-    """The class of each page frame, `_BLOCK` at a time from 0 to the selection's last; the same array again and again."""
-    block = np.full(_BLOCK, PageClass.ABSENT, np.uint8)
-    start = 0
-    for chunk in selection.chunks():
-        pfn, classes = chunk.pfn, chunk.classes
-        while len(classes):
-            while pfn >= start + _BLOCK:
-                yield block
-                block[:] = PageClass.ABSENT
-                start += _BLOCK
-            some = classes[: start + _BLOCK - pfn]
-            block[pfn - start : pfn - start + len(some)] = some
-            pfn, classes = pfn + len(some), classes[len(some) :]
-    while start < selection.max_pfn:
-        yield block
-        block[:] = PageClass.ABSENT
-        start += _BLOCK
-
-
 class _Kept:
-    """The page frames that a selection keeps: remembered from the first time if that is cheap, else asked for again."""
+    """The page frames that a crew's selection keeps: remembered from the survey if that is cheap, else surveyed again."""
 
-    def __init__(self, selection: Selection, tally: _Tally) -> None:
-        self._selection = selection
+    def __init__(self, crew: Crew, tally: _Tally) -> None:
+        self._crew = crew
         self._tally = tally
         self._bits: list[bytes] | None = []
 
     def first_pass(self) -> Iterator[tuple[bytes, bytes]]:
         """Bits of the page frames that are there, and of those that are kept, a block at a time; counts them on the way."""
         size = 0
-        for classes in _blocks(self._selection):
-            self._tally.classes += np.bincount(classes, minlength=256)
-            present, kept = (
-                np.packbits(pages, bitorder="little").tobytes()
-                for pages in (classes != PageClass.ABSENT, classes == PageClass.KEPT)
-            )
-            size += len(kept)
+        for block in self._crew.survey():
+            self._tally.classes += block.classes
+            size += len(block.kept)
             if size > _REMEMBERED:
                 self._bits = None
             if self._bits is not None:
-                self._bits.append(kept)
-            yield present, kept
+                self._bits.append(block.kept)
+            yield block.present, block.kept
 
     def batches(self, capacity: int) -> Iterator[Pfns]:
         """The kept page frames, `capacity` at a time."""
         rest: Pfns = np.empty(0, np.int64)
         for number, kept in enumerate(self._kept()):
-            both = np.concatenate([rest, np.flatnonzero(kept) + number * _BLOCK])
+            both = np.concatenate([rest, np.flatnonzero(kept) + number * self._crew.block])
             whole = len(both) - len(both) % capacity
             for start in range(0, whole, capacity):
                 yield both[start : start + capacity]
@@ -264,21 +235,20 @@ class _Kept:
         if len(rest):
             yield rest
 
-    def _kept(self) -> Iterator[NDArray[np.generic]]:
-        if self._bits is None:
-            for classes in _blocks(self._selection):
-                yield classes == PageClass.KEPT
-        else:
+    def _kept(self) -> Iterator[NDArray[np.uint8]]:
+        if self._bits is not None:
             for bits in self._bits:
                 yield np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")
+            return
+        for number in self._crew.blocks():
+            yield (self._crew.classes_of(number) == PageClass.KEPT).view(np.uint8)
 
 
 # ----------------------------------------------------------------------------------------------------- kdump-compressed
 
 
-def _write_kdump(
-    source: Source, identity: Identity, selection: Selection, crew: Crew, output: _Output, tell: Listener
-) -> _Tally:
+def _write_kdump(identity: Identity, crew: Crew, output: _Output, tell: Listener) -> _Tally:
+    source, selection = crew.source, crew.selection
     layout = diskdump.DumpLayout.plan(
         byteorder=source.byteorder,
         page_size=source.page_size,
@@ -291,14 +261,14 @@ def _write_kdump(
         crash_time=identity.crash_time,
     )
     tally = _Tally()
-    kept = _Kept(selection, tally)
+    kept = _Kept(crew, tally)
     output.put(0, layout.headers)
     done = 0
     for bits in kept.first_pass():
         at = done // 8
         for offset, some in zip((layout.bitmap1_offset, layout.bitmap2_offset), bits, strict=True):
             output.put(offset + at, some[: layout.bitmap_size - at])
-        done += _BLOCK
+        done += crew.block
         tell(Progress(False, min(done, selection.max_pfn), selection.max_pfn, output.size, tally.by_class()))
     raw_size = source.page_size
     descriptors = _Descriptors(output, layout.descriptors_offset, source.byteorder)
@@ -366,13 +336,14 @@ _ELF_GAP = 256  # pages that are dropped in a row before it is worth another pro
 _MOST_SEGMENTS = elf.PN_XNUM - 2  # less PT_NOTE; readers of cores know no escape for more
 
 
-def _write_elf(source: Source, identity: Identity, selection: Selection, crew: Crew, output: _Output, tell: Listener) -> _Tally:
+def _write_elf(identity: Identity, crew: Crew, output: _Output, tell: Listener) -> _Tally:
+    source = crew.source
     assert not crew.drop_zeros, "a plain ELF file has no one place for all zero pages"
     assert crew.codec.flag == 0, "a plain ELF file is not compressed"
     gap = _ELF_GAP
     while True:
         tally = _Tally()
-        runs = _runs(_told(selection, tally, output, tell), gap)
+        runs = _runs(_told(crew, tally, output, tell), crew.block, gap)
         if len(runs) <= _MOST_SEGMENTS // 2:
             break
         gap *= 2
@@ -399,15 +370,19 @@ def _write_elf(source: Source, identity: Identity, selection: Selection, crew: C
     return tally
 
 
-def _told(selection: Selection, tally: _Tally, output: _Output, tell: Listener) -> Iterator[NDArray[np.uint8]]:
+def _told(crew: Crew, tally: _Tally, output: _Output, tell: Listener) -> Iterator[NDArray[np.uint8]]:
     """The classes of all page frames, a block at a time, counted on the way."""
-    for number, classes in enumerate(_blocks(selection), 1):
+    selection = crew.selection
+    for number in crew.blocks():
+        classes = crew.classes_of(number)
         tally.classes += np.bincount(classes, minlength=256)
-        tell(Progress(False, min(number * _BLOCK, selection.max_pfn), selection.max_pfn, output.size, tally.by_class()))
+        done = min((number + 1) * crew.block, selection.max_pfn)
+        tell(Progress(False, done, selection.max_pfn, output.size, tally.by_class()))
         yield classes
+    selection.conclude(tally.classes)
 
 
-def _runs(blocks: Iterable[NDArray[np.uint8]], gap: int) -> list[tuple[int, int]]:
+def _runs(blocks: Iterable[NDArray[np.uint8]], block: int, gap: int) -> list[tuple[int, int]]:
     """Half-open runs of page frames to store: the kept ones, and with them fewer than `gap` dropped ones in between.
 
     A page that must not be read, or is not there, ends a run.
@@ -415,7 +390,7 @@ def _runs(blocks: Iterable[NDArray[np.uint8]], gap: int) -> list[tuple[int, int]
     runs: list[tuple[int, int]] = []
     barrier = -1  # the last page frame so far that no run may hold
     for number, classes in enumerate(blocks):
-        start = number * _BLOCK
+        start = number * block
         edges = np.flatnonzero(np.diff(classes == PageClass.KEPT, prepend=False, append=False)) + start
         barriers = np.flatnonzero(np.isin(classes, (PageClass.POISONED, PageClass.OFFLINE, PageClass.ABSENT))) + start
         below = np.searchsorted(barriers, edges[::2])

@@ -153,8 +153,9 @@ def _capture(arguments: argparse.Namespace) -> int:
             console.show(progress)
 
         workers = _as_many_as_fit(source.page_size) if arguments.workers is None else arguments.workers
-        with Crew(source, codec, workers, drop_zeros=form == "kdump" and bool(arguments.level & DL_ZERO)) as crew:
-            written = write_dump(source, identity, selection, crew, descriptor, form, tell)
+        drop_zeros = form == "kdump" and bool(arguments.level & DL_ZERO)
+        with Crew(source, selection, codec, workers, drop_zeros) as crew:
+            written = write_dump(identity, crew, descriptor, form, tell)
         console.done(written, [doubt for doubt in selection.doubts if doubt not in told])
         return _contents(arguments, codec, identity, panic, source, written)
 
