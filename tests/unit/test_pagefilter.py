@@ -471,5 +471,5 @@ class TestDoubts:
         filtered = PageFilter(machine, machine, 31)
         assert not classes_of(filtered, 0, 1 << 16)[: 1 << 16].any()
         assert len(filtered.doubts) == 1
-        machine.counted_free = 3 << 18  # of 1 << 20: not sure to be wrong
+        machine.counted_free = 3 << 20  # of 1 << 22: that may be the sample
         assert classes_of(PageFilter(machine, machine, 31), 0, 1 << 16)[: 1 << 16].all()
