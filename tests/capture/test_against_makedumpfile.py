@@ -19,14 +19,14 @@ import numpy as np
 import pytest
 
 from crashkernel.bench.makedumpfile import SUITES, Makedumpfile, provide
-from crashkernel.capture.kernel import CrashedKernel
 from crashkernel.capture.pagefilter import PageFilter
 from crashkernel.capture.selection import MAX_DUMP_LEVEL, PageClass
-from crashkernel.capture.source import ElfVmcore
 from crashkernel.drill.debian import default_cache
 from crashkernel.errors import EnvironmentFault
 from crashkernel.formats import flattened
 from crashkernel.formats.elf import EM_PPC64
+from crashkernel.vmcore.kernel import CrashedKernel
+from crashkernel.vmcore.source import ElfVmcore
 from support.capture import all_chunks
 
 pytestmark = [pytest.mark.capture, pytest.mark.timeout(3600)]

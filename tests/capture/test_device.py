@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from crashkernel.capture.target import LOG, NoTargetLeft, parse_target, save
-from crashkernel.capture.target.device import DeviceTarget, open_device_dump, read_device_head
 from crashkernel.errors import FormatError
+from crashkernel.target import LOG, NoTargetLeft, parse_target, save
+from crashkernel.target.device import DeviceTarget, open_device_dump, read_device_head
 from support.dumps import claims, contents, dump_bytes, is_whole, writer
 from support.faults import SmallDisk
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from crashkernel.capture.manifest import PIECE_SIZE, Manifest, PieceHasher, digest_file, manifest_name
-from crashkernel.capture.target import LOG, NoTargetLeft, TargetOptions, parse_target, save
-from crashkernel.capture.target.device import DeviceTarget, open_device_dump
-from crashkernel.capture.uploads import Uploads
 from crashkernel.errors import FormatError
+from crashkernel.target import LOG, NoTargetLeft, TargetOptions, parse_target, save
+from crashkernel.target.device import DeviceTarget, open_device_dump
+from crashkernel.target.manifest import PIECE_SIZE, Manifest, PieceHasher, digest_file, manifest_name
+from crashkernel.target.uploads import Uploads
 from support.dumps import claims, contents, dump_bytes, flattened, is_whole, writer
 from support.faults import Killer, Proxy, SmallDisk
 from support.receiving import ReceiverProcess

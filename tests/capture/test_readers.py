@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from crashkernel.capture.codec import NAMES
-from crashkernel.capture.conversion import convert
-from crashkernel.capture.dumpfile import open_dump
+from crashkernel.dump.conversion import convert
+from crashkernel.dump.dumpfile import open_dump
 from support.readers import LEFT_OUT, RANGES, RELEASE, Machine, crash, libkdumpfile
 
 pytestmark = pytest.mark.capture

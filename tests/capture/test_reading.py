@@ -8,12 +8,12 @@ import pytest
 
 from crashkernel.bench.makedumpfile import SUITES, provide
 from crashkernel.bench.vmcore import provide as provide_vmcore
-from crashkernel.capture.dumpfile import KdumpFile, open_dump, stored_pages
-from crashkernel.capture.inspection import inspect
 from crashkernel.capture.selection import PageClass
-from crashkernel.capture.source import ElfVmcore
-from crashkernel.capture.structure import check_structure
+from crashkernel.dump.dumpfile import KdumpFile, open_dump, stored_pages
+from crashkernel.dump.inspection import inspect
+from crashkernel.dump.structure import check_structure
 from crashkernel.errors import FormatError
+from crashkernel.vmcore.source import ElfVmcore
 from support.capture import all_chunks
 from support.faults import SmallDisk
 

@@ -6,10 +6,10 @@ import time
 
 import pytest
 
-from crashkernel.capture.encryption import Encryption
-from crashkernel.capture.manifest import manifest_name
-from crashkernel.capture.target import LOG, NoTargetLeft, TargetOptions, parse_target, save
 from crashkernel.errors import UsageError
+from crashkernel.target import LOG, NoTargetLeft, TargetOptions, parse_target, save
+from crashkernel.target.encryption import Encryption
+from crashkernel.target.manifest import manifest_name
 from support.dumps import claims, contents, dump_bytes, flattened, is_whole, writer
 from support.sshd import SSHD, free_port, sshd
 

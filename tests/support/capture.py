@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from crashkernel.capture.identity import Identity
 from crashkernel.capture.selection import Chunk, PageClass
-from crashkernel.capture.source import MissingMemory
 from crashkernel.errors import EnvironmentFault
 from crashkernel.formats.diskdump import Utsname
 from crashkernel.formats.elf import EM_PPC64
 from crashkernel.formats.vmcoreinfo import VmcoreInfo
 from crashkernel.memory import Range, RangeSet
+from crashkernel.vmcore.identity import Identity
+from crashkernel.vmcore.source import MissingMemory
 from support.elfwriter import write_note
 
 LINEAR_BASE = 0xC000_0000_0000_0000

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from crashkernel.capture.manifest import Contents, Manifest, PageCounts, digest_file, manifest_name
+from crashkernel.target.manifest import Contents, Manifest, PageCounts, digest_file, manifest_name
 from support.elfwriter import PT_NOTE, Part, write_elf
 from support.kdumps import Kdump
 from support.vmcores import MIB, PrintkRing, SyntheticKernel

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
-from crashkernel.capture.manifest import Contents, Manifest, PageCounts, digest_file, manifest_name
+from crashkernel.target.manifest import Contents, Manifest, PageCounts, digest_file, manifest_name
 
 RECORD = 64 << 10
 

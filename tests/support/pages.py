@@ -5,12 +5,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from crashkernel.capture.kernel import PageStructs
 from crashkernel.capture.selection import DL_CACHE, DL_CACHE_PRIVATE, DL_FREE, DL_USER, PageClass
-from crashkernel.capture.source import MissingMemory
 from crashkernel.errors import FormatError
 from crashkernel.formats.vmcoreinfo import VmcoreInfo
 from crashkernel.memory import Range, RangeSet
+from crashkernel.vmcore.kernel import PageStructs
+from crashkernel.vmcore.source import MissingMemory
 
 STRUCTS_AT = 1 << 40  # where the fake machine keeps its page structs: apart from the memory that they describe
 ZONES_AT = 0xC000_0000_0000_0000

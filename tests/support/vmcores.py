@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from crashkernel.capture.source import MissingMemory
 from crashkernel.formats.vmcoreinfo import VmcoreInfo
 from crashkernel.memory import Range, RangeSet
+from crashkernel.vmcore.source import MissingMemory
 from support.elfwriter import PT_LOAD, PT_NOTE, Part, write_elf, write_note
 
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40

@@ -20,8 +20,9 @@ STOREYS = (
     ("machine",),
     ("placement",),
     ("purgatory",),
-    ("loader", "quarantine"),
-    ("capture", "report"),
+    ("loader", "quarantine", "vmcore", "target"),
+    ("capture",),
+    ("dump", "report"),
     ("drill",),
     ("bench", "campaign"),
     ("cli", "__main__"),
@@ -30,7 +31,7 @@ HEIGHT = {room: height for height, rooms in enumerate(STOREYS) for room in rooms
 
 # Everything else starts on a bare Python in an initramfs, but that a capture has numpy: it is imported when one begins.
 ENGINEERS_ROOMS = {"drill", "bench", "campaign"}
-FOREIGN = {"capture": {"numpy"}}
+FOREIGN = {room: {"numpy"} for room in ("vmcore", "capture", "dump")} | {"target": set()}
 
 MODULES = {
     ".".join((PACKAGE, *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path

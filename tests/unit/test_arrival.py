@@ -14,7 +14,7 @@ from crashkernel.errors import UsageError, VerificationError
 
 
 def disk_of(dump=b"dump" * 1000, manifest=b'{"a": 1}', log=b"log", state=1, room=0):
-    """A device as capture/target/device.py describes it."""
+    """A device as target/device.py describes it."""
     head = struct.pack(">16sIIQII", b"crashkernel dump", 1, state, len(dump), len(manifest), len(log))
     head += hashlib.sha256(head + manifest + log).digest()
     first = (head.ljust(0x1000, b"\0") + manifest).ljust(0x10000, b"\0") + log

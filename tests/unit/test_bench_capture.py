@@ -35,11 +35,11 @@ from crashkernel.bench.capture import (
 )
 from crashkernel.bench.contest import Contender, Measure, Peak, Ratio, Rounds, TooSlow
 from crashkernel.bench.makedumpfile import Makedumpfile
-from crashkernel.capture.kernel import CrashedKernel
-from crashkernel.capture.source import ElfVmcore
 from crashkernel.cli import main
 from crashkernel.cli.bench import _show_capture
 from crashkernel.errors import EnvironmentFault, FormatError
+from crashkernel.vmcore.kernel import CrashedKernel
+from crashkernel.vmcore.source import ElfVmcore
 from support.elfwriter import PT_LOAD, Part, write_elf
 from support.hostile import corrupted, survives, truncations
 from support.vmcores import GIB, MIB, SyntheticKernel

@@ -9,17 +9,17 @@ import sys
 import numpy as np
 import pytest
 
-from crashkernel.capture import conversion
 from crashkernel.capture.codec import NAMES
-from crashkernel.capture.conversion import STANDARD, convert
-from crashkernel.capture.dumpfile import KdumpFile, open_dump, stored_pages
-from crashkernel.capture.inspection import find_manifest, inspect, verify
 from crashkernel.capture.selection import PageClass
-from crashkernel.capture.source import ElfVmcore
-from crashkernel.capture.structure import check_structure
 from crashkernel.cli import main
+from crashkernel.dump import conversion
+from crashkernel.dump.conversion import STANDARD, convert
+from crashkernel.dump.dumpfile import KdumpFile, open_dump, stored_pages
+from crashkernel.dump.inspection import find_manifest, inspect, verify
+from crashkernel.dump.structure import check_structure
 from crashkernel.errors import EnvironmentFault, FormatError, UsageError, VerificationError
 from crashkernel.formats import flattened
+from crashkernel.vmcore.source import ElfVmcore
 from support.capture import all_chunks
 from support.deadkernels import PANIC, dump_of, elf_of, manifest_of
 from support.kdumps import in_records, write_flattened

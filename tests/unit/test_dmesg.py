@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crashkernel.capture import dmesg
-from crashkernel.capture.dmesg import Record, crash_time, format_record, log_records, panic_line, read_log
-from crashkernel.capture.kernel import CrashedKernel
 from crashkernel.errors import CrashkernelError, FormatError
+from crashkernel.vmcore import dmesg
+from crashkernel.vmcore.dmesg import Record, crash_time, format_record, log_records, panic_line, read_log
+from crashkernel.vmcore.kernel import CrashedKernel
 from support.vmcores import MIB, PrintkRing, SyntheticKernel
 
 ARCHES = {

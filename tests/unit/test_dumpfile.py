@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crashkernel.capture import bitmap, dumpbytes, dumpfile, structure
-from crashkernel.capture.dumpbytes import FlattenedFile, PlainFile
-from crashkernel.capture.dumpfile import DamagedPage, KdumpFile, StoredPages, cut_off, is_flattened, open_dump, stored_pages
 from crashkernel.capture.selection import PageClass
-from crashkernel.capture.source import ElfVmcore, MissingMemory
-from crashkernel.capture.structure import check_structure
+from crashkernel.dump import bitmap, dumpbytes, dumpfile, structure
+from crashkernel.dump.dumpbytes import FlattenedFile, PlainFile
+from crashkernel.dump.dumpfile import DamagedPage, KdumpFile, StoredPages, cut_off, is_flattened, open_dump, stored_pages
+from crashkernel.dump.structure import check_structure
 from crashkernel.errors import CrashkernelError, EnvironmentFault, FormatError
 from crashkernel.memory import Range, RangeSet
+from crashkernel.vmcore.source import ElfVmcore, MissingMemory
 from support.capture import all_chunks
 from support.elfwriter import Part, write_elf, write_note
 from support.hostile import corrupted

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from crashkernel.capture.backtrace import _back_chain, backtrace
-from crashkernel.capture.dumpfile import open_dump
-from crashkernel.capture.inspection import Task, crashed_task, find_manifest, inspect, verify
-from crashkernel.capture.kernel import CrashedKernel
-from crashkernel.capture.manifest import Manifest, manifest_name
-from crashkernel.capture.target.device import DUMP_OFFSET, DeviceHead
 from crashkernel.cli import main
+from crashkernel.dump.backtrace import _back_chain, backtrace
+from crashkernel.dump.dumpfile import open_dump
+from crashkernel.dump.inspection import Task, crashed_task, find_manifest, inspect, verify
 from crashkernel.errors import EnvironmentFault, FormatError, UsageError
+from crashkernel.target.device import DUMP_OFFSET, DeviceHead
+from crashkernel.target.manifest import Manifest, manifest_name
+from crashkernel.vmcore.kernel import CrashedKernel
 from support.deadkernels import LOG, PANIC, TEXT, altered, dump_of, elf_of, kernel_of, manifest_of
 from support.elfwriter import write_note, write_prstatus
 from support.kdumps import in_records, write_flattened

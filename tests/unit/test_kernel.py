@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crashkernel.capture.kernel import CrashedKernel, UnmappedMemory
-from crashkernel.capture.source import ElfVmcore, MissingMemory
 from crashkernel.errors import CrashkernelError, FormatError
 from crashkernel.memory import Range
+from crashkernel.vmcore.kernel import CrashedKernel, UnmappedMemory
+from crashkernel.vmcore.source import ElfVmcore, MissingMemory
 from support.vmcores import EARLY, GIB, HAS_MEM_MAP, MIB, ONLINE, PRESENT, TIB, SyntheticKernel
 
 TWO_RANGES = ((0, 300 * MIB), (1 * GIB, 200 * MIB))

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crashkernel.capture import manifest
-from crashkernel.capture.manifest import (
+from crashkernel.errors import FormatError
+from crashkernel.target import manifest
+from crashkernel.target.manifest import (
     PIECE_SIZE,
     Contents,
     Digest,
@@ -18,7 +19,6 @@ from crashkernel.capture.manifest import (
     digest_of_pieces,
     manifest_name,
 )
-from crashkernel.errors import FormatError
 from support.hostile import corrupted, survives, truncations
 
 CONTENTS = Contents(

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from crashkernel.capture.manifest import PIECE_SIZE, Digest, Manifest, PieceHasher, manifest_name
-from crashkernel.capture.receiver import Receiver
-from crashkernel.capture.target import LOG, NoTargetLeft, TargetOptions, parse_target, save
-from crashkernel.capture.uploads import JOURNALS, Uploads
 from crashkernel.cli import main
 from crashkernel.errors import EnvironmentFault, UsageError
+from crashkernel.target import LOG, NoTargetLeft, TargetOptions, parse_target, save
+from crashkernel.target.manifest import PIECE_SIZE, Digest, Manifest, PieceHasher, manifest_name
+from crashkernel.target.receiver import Receiver
+from crashkernel.target.uploads import JOURNALS, Uploads
 from support.dumps import RECORD, claims, contents, dump_bytes, flattened, is_whole, writer
 from support.receiving import TOKEN, ReceiverProcess
 
@@ -602,7 +602,7 @@ def test_a_capture_kernel_needs_no_tls(options):
     script = (
         "import sys; sys.modules['_ssl'] = sys.modules['_hashlib'] = None\n"
         "from pathlib import Path\n"
-        "from crashkernel.capture.target import TargetOptions, parse_target\n"
+        "from crashkernel.target import TargetOptions, parse_target\n"
         "from crashkernel.errors import EnvironmentFault\n"
         f"options = TargetOptions(token_file=Path({str(options.token_file)!r}))\n"
         "print(parse_target('http://host/', options).name)\n"

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import crashkernel.capture.source as source_module
-from crashkernel.capture.source import ElfVmcore, MissingMemory, Stretch
+import crashkernel.vmcore.source as source_module
 from crashkernel.errors import CrashkernelError, EnvironmentFault, FormatError
 from crashkernel.memory import Range, RangeSet
+from crashkernel.vmcore.source import ElfVmcore, MissingMemory, Stretch
 from support.elfwriter import PT_LOAD, PT_NOTE, Part, write_elf, write_note
 from support.hostile import corrupted, truncations
 

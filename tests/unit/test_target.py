@@ -8,10 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from crashkernel.capture import manifest as manifest_module
-from crashkernel.capture.encryption import Encryption
-from crashkernel.capture.manifest import PIECE_SIZE, Digest, Manifest, digest_file, manifest_name
-from crashkernel.capture.target import (
+from crashkernel.errors import EnvironmentFault, FormatError, UsageError
+from crashkernel.target import (
     LOG,
     Heartbeat,
     NoTargetLeft,
@@ -22,9 +20,11 @@ from crashkernel.capture.target import (
     parse_target,
     save,
 )
-from crashkernel.capture.target.device import DeviceHead, DeviceTarget, open_device_dump, read_device_head
-from crashkernel.capture.target.stream import StdoutTarget
-from crashkernel.errors import EnvironmentFault, FormatError, UsageError
+from crashkernel.target import manifest as manifest_module
+from crashkernel.target.device import DeviceHead, DeviceTarget, open_device_dump, read_device_head
+from crashkernel.target.encryption import Encryption
+from crashkernel.target.manifest import PIECE_SIZE, Digest, Manifest, digest_file, manifest_name
+from crashkernel.target.stream import StdoutTarget
 from support.dumps import claims, contents, dump_bytes, flattened, is_whole, writer
 from support.hostile import survives
 
@@ -296,7 +296,7 @@ def test_an_attempt_that_is_killed_is_one_that_failed(tmp_path, number):
 
 
 def test_one_that_stands_still_is_given_up_with_all_that_it_started(tmp_path, monkeypatch):
-    monkeypatch.setattr("crashkernel.capture.target.saving._GRACE", 0.0)
+    monkeypatch.setattr("crashkernel.target.saving._GRACE", 0.0)
     started = tmp_path / "pid"
 
     def write(descriptor, beat):
@@ -335,7 +335,7 @@ def running(pid: int) -> bool:
 
 
 def test_a_slow_one_is_not_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr("crashkernel.capture.target.saving._GRACE", 0.0)
+    monkeypatch.setattr("crashkernel.target.saving._GRACE", 0.0)
     slow = writer(SIZE, before=lambda _: time.sleep(0.2))
     save(slow, [parse_target(str(tmp_path / "mine"))], CRASH, stall=0.6)
     assert is_whole(tmp_path / "mine", dump_bytes(SIZE))

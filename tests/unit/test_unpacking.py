@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crashkernel.capture.unpacking import Unpacker
 from crashkernel.errors import FormatError
+from crashkernel.target.unpacking import Unpacker
 from support.dumps import contents, dump_bytes, flattened
 
 DATA = dump_bytes(200_000)

@@ -15,9 +15,9 @@ from crashkernel.capture import writer
 from crashkernel.capture.codec import CODECS, codec_by_name, codec_for_flag
 from crashkernel.capture.crew import Crew
 from crashkernel.capture.selection import PageClass
-from crashkernel.capture.source import ElfVmcore
 from crashkernel.capture.writer import write_dump
 from crashkernel.formats import flattened
+from crashkernel.vmcore.source import ElfVmcore
 from support.capture import LINEAR_BASE, ArraySource, ListedSelection, identity, page_of
 
 PAGE = 0x1000

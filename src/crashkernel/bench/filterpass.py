@@ -11,10 +11,10 @@ import numpy as np
 
 from crashkernel.capture.codec import codec_by_name
 from crashkernel.capture.crew import Crew
-from crashkernel.capture.kernel import CrashedKernel
 from crashkernel.capture.pagefilter import PageFilter
 from crashkernel.capture.selection import PageClass
-from crashkernel.capture.source import ElfVmcore
+from crashkernel.vmcore.kernel import CrashedKernel
+from crashkernel.vmcore.source import ElfVmcore
 
 
 def main() -> None:

@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 
 from crashkernel.capture.codec import Codec, Compress, PageBatch
 from crashkernel.capture.selection import PageClass, Selection
-from crashkernel.capture.source import MissingMemory, Source
 from crashkernel.errors import CrashkernelError, EnvironmentFault
+from crashkernel.vmcore.source import MissingMemory, Source
 
 Pfns = NDArray[np.int64]
 _NO_PFNS: Pfns = np.empty(0, np.int64)

@@ -61,8 +61,8 @@ from crashkernel.formats.elf import ByteOrder
 from crashkernel.formats.vmcoreinfo import VmcoreInfo
 
 if TYPE_CHECKING:
-    from crashkernel.capture.kernel import PageStructs
-    from crashkernel.capture.source import Source
+    from crashkernel.vmcore.kernel import PageStructs
+    from crashkernel.vmcore.source import Source
 
 _CHUNK_PAGES = 32768
 """Pages of a chunk: enough for numpy's calls to cost little, and few enough for the third-level cache (2 MiB of structs)."""

@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crashkernel.capture.crew import Crew, Pfns, Result
-from crashkernel.capture.identity import Identity
 from crashkernel.capture.selection import PageClass
 from crashkernel.formats import diskdump, elf, flattened
 from crashkernel.formats.elf import ByteOrder
 from crashkernel.memory import RangeSet, align_up
+from crashkernel.vmcore.identity import Identity
 
 DumpFormat = Literal["kdump", "elf"]
 FORMATS: tuple[DumpFormat, ...] = ("kdump", "elf")

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from crashkernel.capture.codec import Codec
-    from crashkernel.capture.identity import Identity
-    from crashkernel.capture.manifest import Contents
     from crashkernel.capture.selection import PageClass
-    from crashkernel.capture.source import ElfVmcore
-    from crashkernel.capture.target import Beat, Target
     from crashkernel.capture.writer import Progress, Written
+    from crashkernel.target import Beat, Target
+    from crashkernel.target.manifest import Contents
+    from crashkernel.vmcore.identity import Identity
+    from crashkernel.vmcore.source import ElfVmcore
 
 _CODECS = ("zstd", "lzo", "snappy", "zlib", "none")  # capture/codec.py has them; importing it costs what --help need not pay
 _DEFAULT_TARGET = "/var/crash/"
@@ -120,14 +120,14 @@ def _capture(arguments: argparse.Namespace) -> int:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # imported here: only now is it known that numpy is needed
     from crashkernel.capture.crew import Crew  # noqa: PLC0415
-    from crashkernel.capture.dmesg import panic_line, read_log  # noqa: PLC0415
-    from crashkernel.capture.identity import Identity  # noqa: PLC0415
-    from crashkernel.capture.kernel import CrashedKernel  # noqa: PLC0415
     from crashkernel.capture.pagefilter import PageFilter  # noqa: PLC0415
     from crashkernel.capture.selection import DL_ZERO  # noqa: PLC0415
-    from crashkernel.capture.source import ElfVmcore  # noqa: PLC0415
-    from crashkernel.capture.target import LOG, crash_name, save  # noqa: PLC0415
     from crashkernel.capture.writer import write_dump  # noqa: PLC0415
+    from crashkernel.target import LOG, crash_name, save  # noqa: PLC0415
+    from crashkernel.vmcore.dmesg import panic_line, read_log  # noqa: PLC0415
+    from crashkernel.vmcore.identity import Identity  # noqa: PLC0415
+    from crashkernel.vmcore.kernel import CrashedKernel  # noqa: PLC0415
+    from crashkernel.vmcore.source import ElfVmcore  # noqa: PLC0415
 
     targets = _targets(arguments)
     codec = _codec(arguments)
@@ -176,8 +176,8 @@ def _capture(arguments: argparse.Namespace) -> int:
 
 
 def _targets(arguments: argparse.Namespace) -> list[Target]:
-    from crashkernel.capture.encryption import Encryption  # noqa: PLC0415
-    from crashkernel.capture.target import TargetOptions, parse_target  # noqa: PLC0415
+    from crashkernel.target import TargetOptions, parse_target  # noqa: PLC0415
+    from crashkernel.target.encryption import Encryption  # noqa: PLC0415
 
     options = TargetOptions(
         encryption=Encryption.to(arguments.encrypt_to) if arguments.encrypt_to else None,
@@ -226,8 +226,8 @@ def _as_many_as_fit(page_size: int) -> int:
 def _contents(
     arguments: argparse.Namespace, codec: Codec, identity: Identity, panic: str, source: ElfVmcore, written: Written
 ) -> Contents:
-    from crashkernel.capture.manifest import Contents, PageCounts  # noqa: PLC0415
     from crashkernel.capture.selection import PageClass  # noqa: PLC0415
+    from crashkernel.target.manifest import Contents, PageCounts  # noqa: PLC0415
 
     pages = written.classes
     compressed = arguments.format == "kdump"

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import TracebackType
 
-    from crashkernel.capture.dumpfile import Dump
-    from crashkernel.capture.inspection import Cpu, Inspection, Verification
+    from crashkernel.dump.dumpfile import Dump
+    from crashkernel.dump.inspection import Cpu, Inspection, Verification
 
-_FORMS = ("kdump", "flattened", "elf")  # capture/conversion.py has them; importing it costs what --help need not pay
+_FORMS = ("kdump", "flattened", "elf")  # dump/conversion.py has them; importing it costs what --help need not pay
 _CODECS = ("zstd", "lzo", "snappy", "zlib", "none")  # likewise capture/codec.py
 _LOG_LINES = 12
 _REGISTERS_A_LINE = 4
@@ -127,8 +127,8 @@ def _prepare() -> None:
 
 def _inspect(arguments: argparse.Namespace) -> int:
     _prepare()
-    from crashkernel.capture import inspection  # noqa: PLC0415
-    from crashkernel.capture.dumpfile import open_dump  # noqa: PLC0415
+    from crashkernel.dump import inspection  # noqa: PLC0415
+    from crashkernel.dump.dumpfile import open_dump  # noqa: PLC0415
 
     if arguments.dmesg and (arguments.registers or arguments.vmlinux or arguments.json):
         raise UsageError("--dmesg prints the log and nothing else", hint="leave the other options out")
@@ -161,7 +161,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _backtrace(dump: Dump, found: Inspection, vmlinux: Path) -> tuple[str, ...]:
-    from crashkernel.capture.backtrace import backtrace  # noqa: PLC0415
+    from crashkernel.dump.backtrace import backtrace  # noqa: PLC0415
 
     if not vmlinux.is_file():
         raise UsageError(f"there is no file {vmlinux}")
@@ -250,7 +250,7 @@ def _registers(cpu: Cpu, *, every: bool) -> Iterator[str]:
 
 def _verify(arguments: argparse.Namespace) -> int:
     _prepare()
-    from crashkernel.capture import inspection  # noqa: PLC0415
+    from crashkernel.dump import inspection  # noqa: PLC0415
 
     found = []
     for path in arguments.dumps:
@@ -280,7 +280,7 @@ def _verdict(found: Verification) -> Iterator[str]:
 
 def _convert(arguments: argparse.Namespace) -> int:
     _prepare()
-    from crashkernel.capture.conversion import convert  # noqa: PLC0415
+    from crashkernel.dump.conversion import convert  # noqa: PLC0415
 
     if str(arguments.json) == "-" and str(arguments.output) == "-":
         raise UsageError("the dump and the JSON cannot both go to standard output")

@@ -56,8 +56,8 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _receive(arguments: argparse.Namespace) -> int:
     # imported here: http.server and ssl are nothing that `load` should pay for
-    from crashkernel.capture.receiver import Receiver  # noqa: PLC0415
-    from crashkernel.capture.target.web import read_token  # noqa: PLC0415
+    from crashkernel.target.receiver import Receiver  # noqa: PLC0415
+    from crashkernel.target.web import read_token  # noqa: PLC0415
 
     address = _address(arguments.listen)
     limit = None if arguments.limit is None else parse_size(arguments.limit)

@@ -27,7 +27,7 @@ _CHUNK = 16 << 20
 BLANK = 1 << 20
 """Bytes at the start of K2's disk that must be zeros: `capture` overwrites no device that holds what it does not know."""
 
-# The head of a block device (capture/target/device.py has its layout): magic, version, state, sizes, a digest.
+# The head of a block device (target/device.py has its layout): magic, version, state, sizes, a digest.
 _HEAD = struct.Struct(">16sIIQII32s")
 _MAGIC, _VERSION, _WHOLE = b"crashkernel dump", 1, 1
 _MANIFEST_OFFSET, _LOG_OFFSET, _DUMP_OFFSET = 0x1000, 0x10000, 0x100000

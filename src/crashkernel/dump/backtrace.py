@@ -16,10 +16,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from crashkernel.capture.dumpfile import Dump
-from crashkernel.capture.kernel import CrashedKernel
+from crashkernel.dump.dumpfile import Dump
 from crashkernel.errors import EnvironmentFault, FormatError
 from crashkernel.formats.elf import EM_PPC64
+from crashkernel.vmcore.kernel import CrashedKernel
 
 _MOST_FRAMES = 64
 _LR_SAVE = 16  # of a caller's frame: where its callee returns to

@@ -1,8 +1,9 @@
 """Where a dump goes, and what makes it whole.
 
-`base` (what every target is) · `local` (a file) · `device` (a block device) · `stream` (standard output, and what all streams
-share) · `ssh` · `web` (our receiver) · `saving` (the first target that takes it). A target's module, and what it needs of the
-library, is imported when there is one: the capture kernel's initramfs may lack what another's would need.
+`base` (what every target is) · `local`, `files` (a file) · `device` (a block device) · `stream` (standard output, and what all
+streams share) · `ssh` · `web` (our receiver) · `saving` (the first target that takes it) · `manifest` · `encryption`; and at the
+other end `receiver`, `uploads` and `unpacking`. A target's module, and what it needs of the library, is imported when there is
+one: the capture kernel's initramfs may lack what another's would need.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from crashkernel.capture.encryption import Encryption
-from crashkernel.capture.target.base import DUMP, INCOMPLETE, LOG, Heartbeat, Saved, Target, TargetFailed
-from crashkernel.capture.target.local import FileStreamTarget, FileTarget
-from crashkernel.capture.target.saving import STALL, Beat, NoTargetLeft, Write, save
-from crashkernel.capture.target.stream import StdoutTarget
 from crashkernel.errors import UsageError
+from crashkernel.target.base import DUMP, INCOMPLETE, LOG, Heartbeat, Saved, Target, TargetFailed
+from crashkernel.target.encryption import Encryption
+from crashkernel.target.local import FileStreamTarget, FileTarget
+from crashkernel.target.saving import STALL, Beat, NoTargetLeft, Write, save
+from crashkernel.target.stream import StdoutTarget
 
 __all__ = [
     "DUMP",
@@ -63,7 +64,7 @@ def parse_target(text: str, options: TargetOptions | None = None) -> Target:
     if not text or not text.isprintable():
         raise UsageError(f"{text!r} is no target", hint="give a directory, a file, a block device, -, ssh://… or http(s)://…")
     if _is_device(text):
-        from crashkernel.capture.target.device import DeviceTarget  # noqa: PLC0415
+        from crashkernel.target.device import DeviceTarget  # noqa: PLC0415
 
         return DeviceTarget(text, options.encryption)
     if options.encryption:
@@ -86,7 +87,7 @@ def _network_target(text: str, options: TargetOptions) -> Target:
     if not path.isprintable() or url.hostname.startswith("-") or (url.username or "").startswith("-"):
         raise UsageError(f"{text!r} is no target", hint=hint)
     if url.scheme == "ssh":
-        from crashkernel.capture.target.ssh import SshTarget  # noqa: PLC0415
+        from crashkernel.target.ssh import SshTarget  # noqa: PLC0415
 
         return SshTarget(
             url.hostname,
@@ -100,7 +101,7 @@ def _network_target(text: str, options: TargetOptions) -> Target:
         )
     if options.token_file is None:
         raise UsageError(f"{text} wants a token", hint="name the file that has it: --token-file")
-    from crashkernel.capture.target.web import WebTarget  # noqa: PLC0415
+    from crashkernel.target.web import WebTarget  # noqa: PLC0415
 
     return WebTarget(
         url.hostname,

@@ -21,17 +21,17 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from crashkernel.capture.bitmap import PIECE, Bitmap, Directory, Pfns, runs
 from crashkernel.capture.codec import Codec, codec_for_flag
-from crashkernel.capture.dumpbytes import DumpBytes, FlattenedFile, PlainFile
 from crashkernel.capture.selection import MAX_DUMP_LEVEL, Chunk, PageClass, Selection
-from crashkernel.capture.source import PAGE_SIZES, ElfVmcore, MissingMemory
+from crashkernel.dump.bitmap import PIECE, Bitmap, Directory, Pfns, runs
+from crashkernel.dump.dumpbytes import DumpBytes, FlattenedFile, PlainFile
 from crashkernel.errors import EnvironmentFault, FormatError
 from crashkernel.formats import diskdump, flattened
 from crashkernel.formats.diskdump import MainHeader, SubHeader
 from crashkernel.formats.elf import EM_PPC64, EM_X86_64, PT_LOAD, PT_NOTE, ByteOrder, ElfFile, Segment, iter_notes
 from crashkernel.formats.vmcoreinfo import VmcoreInfo
 from crashkernel.memory import Range, RangeSet, format_size
+from crashkernel.vmcore.source import PAGE_SIZES, ElfVmcore, MissingMemory
 
 MACHINES = {"ppc64": EM_PPC64, "ppc64le": EM_PPC64, "x86_64": EM_X86_64}
 """ELF machines by what `uname -m` calls them."""
@@ -554,7 +554,7 @@ def open_dump(path: Path | str) -> Dump:
     data = PlainFile(path)
     head = data.read(0, _HEAD_SIZE)
     if head == _DEVICE:
-        from crashkernel.capture.target.device import open_device_dump  # noqa: PLC0415 - the targets are many, and rarely needed
+        from crashkernel.target.device import open_device_dump  # noqa: PLC0415 - the targets are many, and rarely needed
 
         data.close()
         start, size, _ = open_device_dump(Path(path))

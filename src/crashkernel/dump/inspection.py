@@ -14,8 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from crashkernel.capture.dmesg import panic_line, read_log
-from crashkernel.capture.dumpfile import (
+from crashkernel.dump.dumpfile import (
     Dump,
     ElfWithin,
     KdumpFile,
@@ -26,13 +25,14 @@ from crashkernel.capture.dumpfile import (
     is_flattened,
     open_dump,
 )
-from crashkernel.capture.identity import Identity
-from crashkernel.capture.kernel import CrashedKernel
-from crashkernel.capture.manifest import Manifest, digest_file, manifest_name
-from crashkernel.capture.structure import FaultList, Faults, check_structure
+from crashkernel.dump.structure import FaultList, Faults, check_structure
 from crashkernel.errors import EnvironmentFault, FormatError, UsageError
 from crashkernel.formats.diskdump import Utsname
 from crashkernel.formats.elf import EM_PPC64, NT_PRSTATUS, PrStatus, iter_notes
+from crashkernel.target.manifest import Manifest, digest_file, manifest_name
+from crashkernel.vmcore.dmesg import panic_line, read_log
+from crashkernel.vmcore.identity import Identity
+from crashkernel.vmcore.kernel import CrashedKernel
 
 Completeness = Literal["whole", "incomplete", "truncated"]
 Tell = Callable[[str, int, int], None]
@@ -275,7 +275,7 @@ def find_manifest(path: Path) -> tuple[Manifest | None, int]:
     :raise UsageError: it cannot be read.
     """
     if path.is_block_device():
-        from crashkernel.capture.target.device import open_device_dump  # noqa: PLC0415 - the targets are many, and rarely needed
+        from crashkernel.target.device import open_device_dump  # noqa: PLC0415 - the targets are many, and rarely needed
 
         start, _, manifest = open_device_dump(path)
         return manifest, start

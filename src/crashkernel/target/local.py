@@ -7,12 +7,12 @@ import os
 import threading
 from pathlib import Path
 
-from crashkernel.capture.encryption import SUFFIX, Encryption
-from crashkernel.capture.manifest import PIECE_SIZE, Contents, Manifest, digest_file, manifest_name, piece_digest
-from crashkernel.capture.target.base import DUMP, Heartbeat, Saved, TargetFailed
-from crashkernel.capture.target.files import create_file, flush, make_directory, name_dump, put_file, write_all
-from crashkernel.capture.target.stream import StreamTarget
 from crashkernel.memory import format_size
+from crashkernel.target.base import DUMP, Heartbeat, Saved, TargetFailed
+from crashkernel.target.encryption import SUFFIX, Encryption
+from crashkernel.target.files import create_file, flush, make_directory, name_dump, put_file, write_all
+from crashkernel.target.manifest import PIECE_SIZE, Contents, Manifest, digest_file, manifest_name, piece_digest
+from crashkernel.target.stream import StreamTarget
 
 _IN_MEMORY = ("tmpfs", "ramfs", "rootfs", "devtmpfs")
 

@@ -34,10 +34,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from crashkernel.capture.manifest import PIECE_SIZE, Manifest
-from crashkernel.capture.uploads import Refused, Upload, Uploads
 from crashkernel.errors import EnvironmentFault, FormatError
 from crashkernel.memory import format_size
+from crashkernel.target.manifest import PIECE_SIZE, Manifest
+from crashkernel.target.uploads import Refused, Upload, Uploads
 
 IDLE = 60.0
 """Seconds that a sender may say nothing."""

@@ -23,13 +23,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from crashkernel.capture.encryption import SUFFIX
-from crashkernel.capture.manifest import PIECE_SIZE, Manifest, digest_file, digest_of_pieces, manifest_name
-from crashkernel.capture.target.base import DUMP, INCOMPLETE, LOG
-from crashkernel.capture.target.files import create_file, flush_directory, make_directory, name_dump, put_file
-from crashkernel.capture.unpacking import Unpacker
 from crashkernel.errors import CrashkernelError, EnvironmentFault, FormatError
 from crashkernel.formats.fields import count, line, mapping
+from crashkernel.target.base import DUMP, INCOMPLETE, LOG
+from crashkernel.target.encryption import SUFFIX
+from crashkernel.target.files import create_file, flush_directory, make_directory, name_dump, put_file
+from crashkernel.target.manifest import PIECE_SIZE, Manifest, digest_file, digest_of_pieces, manifest_name
+from crashkernel.target.unpacking import Unpacker
 
 JOURNALS = ".crashkernel"
 """The directory of the journals; no sender's path can begin with a dot."""

@@ -15,10 +15,10 @@ import subprocess
 from pathlib import Path
 from typing import BinaryIO
 
-from crashkernel.capture.encryption import Encryption
-from crashkernel.capture.manifest import Manifest, manifest_name
-from crashkernel.capture.target.base import DUMP, INCOMPLETE, SLOWEST, Heartbeat, Saved, TargetFailed
-from crashkernel.capture.target.stream import StreamTarget
+from crashkernel.target.base import DUMP, INCOMPLETE, SLOWEST, Heartbeat, Saved, TargetFailed
+from crashkernel.target.encryption import Encryption
+from crashkernel.target.manifest import Manifest, manifest_name
+from crashkernel.target.stream import StreamTarget
 
 _OPTIONS = (
     "BatchMode=yes",  # there is nobody to ask

@@ -17,19 +17,19 @@ from typing import Literal
 
 from crashkernel.capture.codec import CODECS, Codec, codec_by_name, codec_for_flag, missing
 from crashkernel.capture.crew import Crew
-from crashkernel.capture.dumpfile import Dump, KdumpFile, cut_off, open_dump, stored_pages
-from crashkernel.capture.identity import Identity
-from crashkernel.capture.inspection import Counter, Tell, check_digest, find_manifest
-from crashkernel.capture.kernel import CrashedKernel
-from crashkernel.capture.manifest import PIECE_SIZE, Contents, DumpFormat, Manifest, digest_file
 from crashkernel.capture.selection import DL_ZERO
-from crashkernel.capture.structure import FaultList
-from crashkernel.capture.target.files import create_file, flush_directory, give_name, name_dump, write_all
-from crashkernel.capture.unpacking import Unpacker
 from crashkernel.capture.writer import write_dump
+from crashkernel.dump.dumpfile import Dump, KdumpFile, cut_off, open_dump, stored_pages
+from crashkernel.dump.inspection import Counter, Tell, check_digest, find_manifest
+from crashkernel.dump.structure import FaultList
 from crashkernel.errors import EnvironmentFault, FormatError, UsageError, VerificationError
 from crashkernel.formats import diskdump, flattened
 from crashkernel.formats.elf import EM_PPC64
+from crashkernel.target.files import create_file, flush_directory, give_name, name_dump, write_all
+from crashkernel.target.manifest import PIECE_SIZE, Contents, DumpFormat, Manifest, digest_file
+from crashkernel.target.unpacking import Unpacker
+from crashkernel.vmcore.identity import Identity
+from crashkernel.vmcore.kernel import CrashedKernel
 
 Form = Literal["kdump", "flattened", "elf"]
 FORMS: tuple[Form, ...] = ("kdump", "flattened", "elf")

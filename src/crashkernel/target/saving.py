@@ -19,9 +19,9 @@ from multiprocessing.connection import Pipe
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from crashkernel.capture.manifest import Contents
-from crashkernel.capture.target.base import Heartbeat, Saved, Target, TargetFailed
 from crashkernel.errors import CrashkernelError, EnvironmentFault
+from crashkernel.target.base import Heartbeat, Saved, Target, TargetFailed
+from crashkernel.target.manifest import Contents
 
 
 class Beat(Protocol):

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from crashkernel.capture.kernel import CrashedKernel
 from crashkernel.errors import CrashkernelError, FormatError
+from crashkernel.vmcore.kernel import CrashedKernel
 
 MAX_LOG_SIZE = 1 << 25
 """Characters of log that `read_log` returns at most: more than a kernel with `log_buf_len=16M` has."""

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from crashkernel.capture.manifest import Contents, Manifest
 from crashkernel.errors import EnvironmentFault
+from crashkernel.target.manifest import Contents, Manifest
 
 INCOMPLETE = ".incomplete"
 """What the name of a dump ends in as long as it is not whole; where that name is taken, in `.incomplete-1` and so on."""

@@ -19,9 +19,9 @@ import threading
 from pathlib import Path
 from typing import BinaryIO
 
-from crashkernel.capture.encryption import SUFFIX, Encryption
-from crashkernel.capture.manifest import Contents, Manifest, PieceHasher
-from crashkernel.capture.target.base import DUMP, Heartbeat, Saved, TargetFailed
+from crashkernel.target.base import DUMP, Heartbeat, Saved, TargetFailed
+from crashkernel.target.encryption import SUFFIX, Encryption
+from crashkernel.target.manifest import Contents, Manifest, PieceHasher
 
 _BUFFER = 1 << 20
 """Bytes in a pipe and in the relay: what the writer may be ahead. The most that an unprivileged pipe may have."""

@@ -13,9 +13,9 @@ from multiprocessing import get_context
 import numpy as np
 from numpy.typing import NDArray
 
-from crashkernel.capture.bitmap import PIECE, Pfns
-from crashkernel.capture.dumpfile import DamagedPage, KdumpFile, cut_off
 from crashkernel.capture.selection import MAX_DUMP_LEVEL
+from crashkernel.dump.bitmap import PIECE, Pfns
+from crashkernel.dump.dumpfile import DamagedPage, KdumpFile, cut_off
 from crashkernel.errors import EnvironmentFault
 from crashkernel.formats import diskdump
 

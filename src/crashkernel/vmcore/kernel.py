@@ -17,11 +17,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from crashkernel.capture.pagetable import Blocks, Direct, Mapping, PageTable, Span, merged, ppc64_format, x86_64_format
-from crashkernel.capture.source import Source
 from crashkernel.errors import CrashkernelError, FormatError
 from crashkernel.formats.elf import EM_X86_64
 from crashkernel.memory import Range, RangeSet
+from crashkernel.vmcore.pagetable import Blocks, Direct, Mapping, PageTable, Span, merged, ppc64_format, x86_64_format
+from crashkernel.vmcore.source import Source
 
 _MAX_DOUBTS = 20
 _POINTER_SIZE = 8

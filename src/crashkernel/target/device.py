@@ -24,13 +24,13 @@ import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from crashkernel.capture.encryption import Encryption
-from crashkernel.capture.manifest import Manifest, digest_file
-from crashkernel.capture.target.base import DUMP, SLOWEST, Heartbeat, Saved, TargetFailed
-from crashkernel.capture.target.stream import StreamTarget
-from crashkernel.capture.unpacking import Unpacker
 from crashkernel.errors import FormatError, UsageError
 from crashkernel.memory import format_size
+from crashkernel.target.base import DUMP, SLOWEST, Heartbeat, Saved, TargetFailed
+from crashkernel.target.encryption import Encryption
+from crashkernel.target.manifest import Manifest, digest_file
+from crashkernel.target.stream import StreamTarget
+from crashkernel.target.unpacking import Unpacker
 
 DUMP_OFFSET = 1 << 20
 """Where the dump begins, in bytes."""

@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from crashkernel.capture.dumpbytes import DumpBytes
+from crashkernel.dump.dumpbytes import DumpBytes
 from crashkernel.errors import FormatError
 
 Pfns = NDArray[np.int64]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from crashkernel.capture.kernel import CrashedKernel
 from crashkernel.errors import FormatError
 from crashkernel.formats.diskdump import UTSNAME_SIZE, Utsname
 from crashkernel.formats.elf import EM_PPC64, EM_X86_64
+from crashkernel.vmcore.kernel import CrashedKernel
 
 _PPC64_LINEAR = 0xC000_0000_0000_0000  # PAGE_OFFSET, arch/powerpc/include/asm/page.h
 _MACHINES = {(EM_PPC64, "little"): "ppc64le", (EM_PPC64, "big"): "ppc64", (EM_X86_64, "little"): "x86_64"}

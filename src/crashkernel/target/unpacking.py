@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from crashkernel.capture.manifest import Contents
 from crashkernel.errors import FormatError
 from crashkernel.formats.fields import count, mapping
 from crashkernel.formats.flattened import SIGNATURE, Decoder
+from crashkernel.target.manifest import Contents
 
 _ELF = b"\x7fELF"
 

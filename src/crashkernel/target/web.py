@@ -1,7 +1,7 @@
 """A receiver (`crashkernel receive`), by HTTP or HTTPS: the dump goes in pieces of 4 MiB that are each acknowledged.
 
 A piece that got no answer is sent again, over a new connection if need be: until the receiver has it, or nothing has got
-through for the time that a network is given. The protocol is described in `capture/receiver.py`.
+through for the time that a network is given. The protocol is described in `target/receiver.py`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crashkernel.capture.encryption import Encryption
-from crashkernel.capture.manifest import PIECE_SIZE, Manifest
-from crashkernel.capture.target.base import SLOWEST, Heartbeat, Saved, TargetFailed
-from crashkernel.capture.target.stream import StreamTarget
 from crashkernel.errors import CrashkernelError, EnvironmentFault, UsageError
+from crashkernel.target.base import SLOWEST, Heartbeat, Saved, TargetFailed
+from crashkernel.target.encryption import Encryption
+from crashkernel.target.manifest import PIECE_SIZE, Manifest
+from crashkernel.target.stream import StreamTarget
 
 if TYPE_CHECKING:
     import ssl

@@ -19,8 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from crashkernel.capture.manifest import Manifest, manifest_name
-from crashkernel.capture.target.base import INCOMPLETE, SLOWEST, Heartbeat
+from crashkernel.target.base import INCOMPLETE, SLOWEST, Heartbeat
+from crashkernel.target.manifest import Manifest, manifest_name
 
 _T = TypeVar("_T")
 
