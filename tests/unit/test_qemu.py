@@ -66,6 +66,17 @@ class TestCommand:
         assert "disk" in drives
         assert any("filename=/run/twin/disk" in each for each in values(arguments, "-blockdev"))
 
+    @pytest.mark.parametrize("machine", MACHINES)
+    def test_a_network_card_only_when_the_dump_goes_over_it(self, machine):
+        twin = Twin(machine=machine, cpu="POWER10" if machine == "powernv10" else "POWER9")
+        assert "-netdev" not in command(twin)
+        arguments = command(twin, network=True)
+        assert value(arguments, "-netdev") == "user,id=net"
+        (card,) = [each for each in values(arguments, "-device") if each.startswith("virtio-net-pci,netdev=net")]
+        places = [each.partition("addr=")[2].partition(",")[0] for each in values(arguments, "-device") if "addr=" in each]
+        assert len(set(places)) == len(places), "no two devices in one place"
+        assert ("addr=" in card) == (machine != "pseries")
+
     def test_every_socket_but_the_debugger_s_is_the_host_s(self):
         arguments = command(Twin())
         chardevs = {each.split(",")[1]: each for each in values(arguments, "-chardev")}

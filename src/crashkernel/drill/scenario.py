@@ -187,7 +187,7 @@ def run_drill(scenario: Scenario, userland: Userland, tell: Listener) -> Outcome
     """
     outcome = Outcome(scenario)
     start = time.monotonic()
-    with working_directory(scenario.twin.memory) as directory:
+    with working_directory(scenario.twin.memory, _FILES + (scenario.saving is not None)) as directory:
         try:
             asyncio.run(_arrange(scenario, userland, Wiring(directory), outcome, tell))
         except StageFailed as failure:
@@ -773,15 +773,16 @@ def _likely(stage: Stage, console: tuple[str, ...]) -> str:
 _WORK = "crashkernel-drill-"
 _LOCK = "lock"
 _LONGEST_SOCKET_PATH = 107  # sun_path, include/uapi/linux/un.h
+_FILES = 3  # RAM, its copy, K2's disk; a filtered dump is taken off that
 
 
 @contextlib.contextmanager
-def working_directory(memory: int) -> Iterator[Path]:
-    """A private directory with room for RAM, its copy and the dump: TMPDIR if that is set, else in memory, else on disk.
+def working_directory(memory: int, files: int = _FILES) -> Iterator[Path]:
+    """A private directory with room for so many files of the memory's size: TMPDIR if that is set, else in memory, else on disk.
 
     :raise EnvironmentFault: nowhere is enough room, or QEMU cannot use the path.
     """
-    wanted = 3 * memory + (512 << 20)
+    wanted = files * memory + (512 << 20)
     chosen = os.environ.get("TMPDIR")
     places = [Path(chosen)] if chosen else [Path("/dev/shm"), Path(tempfile.gettempdir())]  # noqa: S108  (a place with room)
     for place in places:
