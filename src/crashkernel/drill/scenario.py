@@ -778,7 +778,7 @@ _FILES = 3  # RAM, its copy, K2's disk; a filtered dump is taken off that
 
 @contextlib.contextmanager
 def working_directory(memory: int, files: int = _FILES) -> Iterator[Path]:
-    """A private directory with room for so many files of the memory's size: TMPDIR if that is set, else in memory, else on disk.
+    """A private directory with room for so many files of the memory's size: TMPDIR if that is set, else memory, else the disk.
 
     :raise EnvironmentFault: nowhere is enough room, or QEMU cannot use the path.
     """
