@@ -223,6 +223,8 @@ class TestCaptureImageThatCaptures:
         assert (entries["etc/crashkernel/token"].data, entries["etc/crashkernel/token"].mode & 0o777) == (b"secret", 0o600)
         order = entries["etc/crashkernel/modules"].data.decode().split()
         assert order[-3:] == ["failover.ko", "net_failover.ko", "virtio_net.ko"]
+        assert "bin/ifconfig" in entries
+        assert "bin/ifconfig" not in build()
 
     def test_numpy_and_the_libraries_are_in_it_without_what_import_does_not_ask_for(self, build):
         entries = build()
@@ -403,7 +405,7 @@ EXTERNAL = (
 
 @pytest.mark.parametrize(
     ("script", "applets"),
-    [("crash-init.sh", guest.CRASH_APPLETS), ("capture-init.sh", guest.CAPTURE_APPLETS)],
+    [("crash-init.sh", guest.CRASH_APPLETS), ("capture-init.sh", (*guest.CAPTURE_APPLETS, *guest.NETWORK_APPLETS))],
 )
 class TestScripts:
     def test_syntax(self, script, applets):

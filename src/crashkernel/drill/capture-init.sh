@@ -23,7 +23,7 @@
 #
 # With crashkernel.mode=bare on its command line it only says the first two, for measuring the way here.
 #
-# /bin/sh is busybox; the applets used are links made by the image's builder (guest.py: CAPTURE_APPLETS).
+# /bin/sh is busybox; the applets used are links made by the image's builder (guest.py: CAPTURE_APPLETS, NETWORK_APPLETS).
 export PATH=/bin:/usr/bin
 
 . /etc/crashkernel/common.sh
@@ -107,9 +107,8 @@ capture() {
         least=$available
         while sleep 0.5; do
             now=$(meminfo MemAvailable)
+            [ "$now" -ge "$least" ] || echo "$now" >>/tmp/least
             [ "$now" -ge "$least" ] || least=$now
-            echo "$least" >/tmp/least.new
-            mv /tmp/least.new /tmp/least
         done
     ) &
     watcher=$!
@@ -123,7 +122,7 @@ capture() {
     done
     kill $watcher
     wait $watcher 2>/dev/null
-    read -r least </tmp/least
+    least=$(tail -n 1 /tmp/least)
     say "memory $(meminfo MemTotal) $available $least"
     [ ! -e /tmp/peak ] || say "peak $(cat /tmp/peak)"
     read -r status </tmp/status

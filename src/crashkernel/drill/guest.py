@@ -48,7 +48,8 @@ CAPTURE_MODULES = ("virtio_pci", "virtio_console", "virtio_blk")
 NETWORK_MODULES = ("virtio_net",)  # K2's, when the dump leaves over the network
 
 CRASH_APPLETS = ("sh", "cat", "hexdump", "insmod", "mount", "poweroff", "sleep", "stat")
-CAPTURE_APPLETS = ("sh", "cat", "dd", "ifconfig", "insmod", "mount", "mv", "poweroff", "sleep", "stat", "tail")
+CAPTURE_APPLETS = ("sh", "cat", "dd", "insmod", "mount", "poweroff", "sleep", "stat", "tail")
+NETWORK_APPLETS = ("ifconfig",)  # K2's, likewise
 
 GUEST_PACKAGE_ROOT = PurePosixPath("usr/lib/crashkernel")  # PYTHONPATH in crash-init.sh
 
@@ -357,7 +358,7 @@ def build_capture_image(
     _require_lines(capture_args)
     root = _Root()
     modules = resolve_modules(kernel, (*CAPTURE_MODULES, *(NETWORK_MODULES if token else ())))
-    _add_base(root, userland, "capture-init.sh", CAPTURE_APPLETS, modules)
+    _add_base(root, userland, "capture-init.sh", CAPTURE_APPLETS + (NETWORK_APPLETS if token else ()), modules)
     if capture_args:
         if userland.capture is None:
             raise EnvironmentFault("the userland was fetched without what `crashkernel capture` runs on")
