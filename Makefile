@@ -27,7 +27,7 @@ endef
 need = $(call wanted,command -v $(1) >/dev/null,$(2))
 need_library = $(call wanted,/sbin/ldconfig -p | grep -qF '$(1)',$(2))
 
-.PHONY: setup qemu binutils codecs drill test check matrix bench bench-purgatory bench-capture big-endian wheel purgatory clean
+.PHONY: setup qemu binutils codecs readers drill test check matrix bench bench-purgatory bench-capture big-endian wheel purgatory clean
 
 setup: $(VENV)/.ready
 
@@ -56,6 +56,16 @@ codecs:
 	$(call need_library,libsnappy.so.1,libsnappy1v5)
 	$(call need,age,age)
 
+# What opens our dumps, or takes them, in the tests.
+readers: codecs
+	$(call need,qemu-ppc64le-static,qemu-user-static)
+	$(call need,qemu-system-x86_64,qemu-system-x86)
+	$(call wanted,/usr/bin/python3 -c 'import kdumpfile' 2>/dev/null,python3-libkdumpfile)
+	$(call wanted,[ -x /usr/sbin/sshd ],openssh-server)
+	$(call need,ssh,openssh-client)
+	$(call need,openssl,openssl)
+	$(call wanted,PATH=$$PATH:/sbin:/usr/sbin command -v mke2fs >/dev/null,e2fsprogs)
+
 drill: setup qemu
 	$(BIN)/crashkernel drill
 
@@ -65,8 +75,8 @@ check: setup binutils codecs
 	$(BIN)/mypy
 	$(BIN)/pytest tests/unit
 
-test: check qemu
-	$(BIN)/pytest tests/bench tests/drill
+test: check qemu readers
+	$(BIN)/pytest tests/bench tests/drill tests/capture
 
 matrix: setup qemu
 	$(BIN)/crashkernel matrix --update README.md
@@ -77,10 +87,7 @@ bench: setup qemu
 bench-purgatory: setup qemu
 	$(BIN)/crashkernel bench purgatory
 
-bench-capture: setup codecs
-	$(call need,qemu-system-x86_64,qemu-system-x86)
-	$(call wanted,PATH=$$PATH:/sbin:/usr/sbin command -v mke2fs >/dev/null,e2fsprogs)
-	$(call need_library,libzstd.so.1,libzstd1)
+bench-capture: setup readers
 	$(BIN)/crashkernel bench capture
 
 big-endian: setup
