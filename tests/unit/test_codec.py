@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from crashkernel.capture import codec as codec_module
 from crashkernel.capture.codec import CODECS, PageBatch, codec_by_name, codec_for_flag, missing, stored_stride
 from crashkernel.errors import EnvironmentFault, FormatError, UsageError
 from support.capture import page_of
@@ -125,6 +126,8 @@ def test_a_library_that_is_not_there_is_named_with_its_package(monkeypatch):
         raise OSError(name)
 
     monkeypatch.setattr(ctypes, "PyDLL", absent)
+    for library in (codec_module._lzo, codec_module._snappy):
+        library.cache_clear()
     assert "liblzo2.so.2" in missing(codec_by_name("lzo"))
     assert "Debian: libsnappy1v5" in missing(codec_by_name("snappy"))
     with pytest.raises(EnvironmentFault, match="libdeflate0"):

@@ -17,6 +17,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from itertools import repeat
 from types import ModuleType
 
@@ -176,6 +177,7 @@ def _zlib_decompress(data: bytes, page_size: int) -> bytes:
 _LZO_WORK = 16384 * ctypes.sizeof(ctypes.c_void_p)  # LZO1X_1_MEM_COMPRESS, lzo1x.h
 
 
+@cache
 def _lzo() -> ctypes.PyDLL:
     return _library("lzo", "liblzo2.so.2", "liblzo2.so")
 
@@ -197,6 +199,7 @@ def _lzo_decompress(data: bytes, page_size: int) -> bytes:
 # -------------------------------------------------------------------------------------------------------------- snappy
 
 
+@cache
 def _snappy() -> ctypes.PyDLL:
     return _library("snappy", "libsnappy.so.1", "libsnappy.so")
 

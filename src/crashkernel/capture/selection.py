@@ -29,6 +29,7 @@ class PageClass(IntEnum):
     FREE = 4
     POISONED = 5  # hardware-poisoned: reading it may kill K2, so it is dropped at every level
     OFFLINE = 6  # logically offline (balloon, virtio-mem): dropped at every level that filters
+    DROPPED = 7  # left out by who wrote the dump that is read; why is not known
     ABSENT = 255
 
 

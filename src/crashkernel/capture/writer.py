@@ -333,6 +333,7 @@ class _Descriptors:
 # ------------------------------------------------------------------------------------------------------------ plain ELF
 
 _ELF_GAP = 256  # pages that are dropped in a row before it is worth another program header (as makedumpfile's PFN_EXCLUDED)
+_NOT_TO_BE_READ = (PageClass.POISONED, PageClass.OFFLINE, PageClass.DROPPED, PageClass.ABSENT)
 _MOST_SEGMENTS = elf.PN_XNUM - 2  # less PT_NOTE; readers of cores know no escape for more
 
 
@@ -392,7 +393,7 @@ def _runs(blocks: Iterable[NDArray[np.uint8]], block: int, gap: int) -> list[tup
     for number, classes in enumerate(blocks):
         start = number * block
         edges = np.flatnonzero(np.diff(classes == PageClass.KEPT, prepend=False, append=False)) + start
-        barriers = np.flatnonzero(np.isin(classes, (PageClass.POISONED, PageClass.OFFLINE, PageClass.ABSENT))) + start
+        barriers = np.flatnonzero(np.isin(classes, _NOT_TO_BE_READ)) + start
         below = np.searchsorted(barriers, edges[::2])
         for first, end, index in zip(edges[::2].tolist(), edges[1::2].tolist(), below.tolist(), strict=True):
             last_barrier = int(barriers[index - 1]) if index else barrier

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from crashkernel.cli.command import add_command
+from crashkernel.cli.command import add_command, require_numpy
 from crashkernel.cli.command import write as write_file
 from crashkernel.errors import EnvironmentFault, FormatError, UsageError
 from crashkernel.memory import format_size
@@ -116,9 +116,7 @@ def _workers(text: str) -> int:
 
 
 def _capture(arguments: argparse.Namespace) -> int:
-    # numpy's linear algebra would start a thread for each CPU; nothing here uses it
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    # imported here: only now is it known that numpy is needed
+    require_numpy()
     from crashkernel.capture.crew import Crew  # noqa: PLC0415
     from crashkernel.capture.pagefilter import PageFilter  # noqa: PLC0415
     from crashkernel.capture.selection import DL_ZERO  # noqa: PLC0415
@@ -240,7 +238,7 @@ def _contents(
             kept=pages[PageClass.KEPT],
             zero=written.zero,
             unreadable=len(written.unreadable),
-            **{each.name.lower(): pages[each] for each in pages if each is not PageClass.KEPT},
+            **{each.name.lower(): pages[each] for each in pages if each not in (PageClass.KEPT, PageClass.DROPPED)},
         ),
         release=identity.utsname.release,
         machine=identity.utsname.machine,
@@ -313,7 +311,7 @@ class _Console:
             self._bar = False
 
 
-_WORDS = ("cache", "private cache", "user", "free", "poisoned", "offline")
+_WORDS = ("cache", "private cache", "user", "free", "poisoned", "offline", "dropped before")
 
 
 def _dropped(classes: Mapping[PageClass, int]) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import os
 from pathlib import Path
 
-from crashkernel.errors import UsageError
+from crashkernel.errors import EnvironmentFault, UsageError
 
 
 def add_command(
@@ -21,6 +22,19 @@ def add_command(
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def require_numpy() -> None:
+    """Make ready for what stands on numpy: dumps, and saving them.
+
+    :raise EnvironmentFault: it is not there.
+    """
+    if importlib.util.find_spec("numpy") is None:
+        raise EnvironmentFault(
+            "this command needs numpy", hint="pip install 'crashkernel[capture]', or apt install python3-numpy"
+        )
+    # numpy's linear algebra would start a thread for each CPU; nothing here uses it
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def read(path: Path) -> bytes:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import os
 import shutil
 import sys
 import time
@@ -14,8 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from crashkernel.cli.command import add_command, write
-from crashkernel.errors import EnvironmentFault, FormatError, UsageError
+from crashkernel.cli.command import add_command, require_numpy, write
+from crashkernel.errors import FormatError, UsageError
 from crashkernel.memory import format_size
 from crashkernel.report.terminal import visible
 
@@ -113,20 +111,11 @@ def _put_json(path: Path | None, record: object) -> bool:
     return False
 
 
-def _prepare() -> None:
-    if importlib.util.find_spec("numpy") is None:
-        raise EnvironmentFault(
-            "this command needs numpy", hint="pip install 'crashkernel[capture]', or apt install python3-numpy"
-        )
-    # numpy's linear algebra would start a thread for each CPU; nothing here uses it
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-
-
 # ------------------------------------------------------------------------------------------------------------- inspect
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    _prepare()
+    require_numpy()
     from crashkernel.dump import inspection  # noqa: PLC0415
     from crashkernel.dump.dumpfile import open_dump  # noqa: PLC0415
 
@@ -249,7 +238,7 @@ def _registers(cpu: Cpu, *, every: bool) -> Iterator[str]:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    _prepare()
+    require_numpy()
     from crashkernel.dump import inspection  # noqa: PLC0415
 
     found = []
@@ -279,7 +268,7 @@ def _verdict(found: Verification) -> Iterator[str]:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    _prepare()
+    require_numpy()
     from crashkernel.dump.conversion import convert  # noqa: PLC0415
 
     if str(arguments.json) == "-" and str(arguments.output) == "-":

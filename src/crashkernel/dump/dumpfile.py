@@ -424,8 +424,7 @@ def _codec_name(flags: int) -> str:
 class KeptPages:
     """A dump's pages as a `Selection`: those that are in it, and those that its writer dropped.
 
-    Of which class a dropped page was is not in a dump. To who writes this one anew they are like hardware-poisoned ones: there,
-    but not to be read.
+    Of which class a dropped page was is not in a dump.
     """
 
     def __init__(self, dump: KdumpFile) -> None:
@@ -443,7 +442,7 @@ class KeptPages:
             if not (memory.any() or kept.any()):
                 continue
             classes = np.full(8 * len(memory), PageClass.ABSENT, np.uint8)
-            classes[np.unpackbits(memory, bitorder="little") != 0] = PageClass.POISONED
+            classes[np.unpackbits(memory, bitorder="little") != 0] = PageClass.DROPPED
             classes[np.unpackbits(kept, bitorder="little") != 0] = PageClass.KEPT
             yield Chunk(max(start, first), classes[max(first - start, 0) : min(last, self.max_pfn) - start])
 
@@ -482,7 +481,7 @@ class StoredPages:
             # first what is not in the file, so that a page which is in parts is kept
             inside = self._spans[index : bisect_left(self._starts, end)]
             for low, high, offset in sorted(inside, key=lambda each: each[2] is not None):
-                value = PageClass.POISONED if offset is None else PageClass.KEPT
+                value = PageClass.DROPPED if offset is None else PageClass.KEPT
                 classes[max(low - start, 0) : max(high - start, 0)] = value
             yield Chunk(start, classes)
             position = end

@@ -1,9 +1,9 @@
 """Where a dump goes, and what makes it whole.
 
-`base` (what each is) · `local`, `files` (a file) · `device` (a block device) · `stream` (standard output, and what all
-streams share) · `ssh` · `web` (our receiver) · `saving` (the first target that takes it) · `manifest` · `encryption`; and at the
-other end `receiver`, `uploads` and `unpacking`. A target's module, and what it needs of the library, is imported when there is
-one: the capture kernel's initramfs may lack what another's would need.
+`base` (what each is) · `local`, `files` (a file) · `device` (a block device) · `stream` (standard output, and what all streams
+share) · `ssh` · `web` (our receiver) · `saving` (the first target that takes it) · `manifest` · `encryption`; at the other end
+`receiver`, `uploads` and `unpacking`. A target's module, and what it needs of the library, is imported when there is one: the
+capture kernel's initramfs may lack what another's would need.
 """
 
 from __future__ import annotations
