@@ -36,8 +36,8 @@ _NO_PFNS: Pfns = np.empty(0, np.int64)
 BATCH_BYTES = 1 << 20
 """Bytes of pages in a batch: large enough that handing it over costs little, small enough to stay in a CPU's cache."""
 
-BLOCK = 1 << 20
-"""Page frames that are surveyed at a time: 4 GiB of 4 KiB pages."""
+BLOCK = 1 << 18
+"""Page frames that are surveyed at a time: 1 GiB of 4 KiB pages."""
 
 _SLOTS = 3  # tasks a worker may have: one in hand, one waiting, one being written
 _REQUEST = struct.Struct("=IIQ")  # kind of task, slot, pages or number of the block

@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from crashkernel.errors import UsageError
 from crashkernel.target.base import DUMP, INCOMPLETE, LOG, Heartbeat, Saved, Target, TargetFailed
@@ -73,6 +72,8 @@ def parse_target(text: str, options: TargetOptions | None = None) -> Target:
 
 
 def _network_target(text: str, options: TargetOptions) -> Target:
+    from urllib.parse import unquote, urlsplit  # noqa: PLC0415
+
     hint = "write ssh://[user@]host[:port]/directory or http[s]://host[:port]/prefix"
     try:
         url = urlsplit(text)
