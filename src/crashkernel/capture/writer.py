@@ -37,8 +37,9 @@ _IOV_MAX = 1024  # include/uapi/linux/uio.h, UIO_MAXIOV
 class Progress:
     """How far a dump is: of `total` pages `done` are behind us, first in looking which to keep, then in copying those.
 
-    `written` counts bytes, `classes` the pages of each class that were found so far. Nothing will be written any more to the
-    bytes [start, end) of the dump that `settled` names: its head is none of them while page descriptors are missing there.
+    `written` counts bytes, `classes` the pages of each class that were found so far, `unreadable` those that the source would not
+    give. Nothing will be written any more to the bytes [start, end) of the dump that `settled` names: its head is none of them
+    while page descriptors are missing there.
     """
 
     copying: bool
@@ -47,6 +48,7 @@ class Progress:
     written: int
     classes: Mapping[PageClass, int]
     settled: tuple[int, int] = (0, 0)
+    unreadable: int = 0
 
 
 Listener = Callable[[Progress], None]
@@ -292,7 +294,7 @@ def _write_kdump(identity: Identity, crew: Crew, output: _Output, tell: Listener
         offset += size
         done += len(result.pfns)
         _note(tally, result, zero)
-        tell(Progress(True, done, tally.kept, output.size, tally.by_class(), (zeros_at, offset)))
+        tell(Progress(True, done, tally.kept, output.size, tally.by_class(), (zeros_at, offset), len(tally.unreadable)))
     descriptors.flush()
     return tally
 
@@ -367,7 +369,7 @@ def _write_elf(identity: Identity, crew: Crew, output: _Output, tell: Listener) 
         output.put_vector(output.size, np.stack([result.address, result.size], axis=1), size)
         done += len(result.pfns)
         tally.unreadable += result.unreadable
-        tell(Progress(True, done, total, output.size, tally.by_class(), (0, output.size)))
+        tell(Progress(True, done, total, output.size, tally.by_class(), (0, output.size), len(tally.unreadable)))
     return tally
 
 
