@@ -187,7 +187,7 @@ def test_every_page_at_every_level(vmcore, scratch):
             classes = np.full(filtered.max_pfn, PageClass.ABSENT, np.uint8)
             for chunk in all_chunks(filtered):
                 classes[chunk.pfn : chunk.pfn + len(chunk.classes)] = chunk.classes
-            assert filtered.doubts == []
+            assert filtered.findings.doubts() == []
             for program in programs:
                 present, kept = (bits[: filtered.max_pfn] for bits in kept_by(program, copy, level))
                 assert np.array_equal(classes != PageClass.ABSENT, present), f"{program}, level {level}"

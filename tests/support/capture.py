@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from crashkernel.capture.selection import Chunk, PageClass
+from crashkernel.capture.selection import Chunk, Findings, PageClass
 from crashkernel.errors import EnvironmentFault
 from crashkernel.formats.diskdump import Utsname
 from crashkernel.formats.elf import EM_PPC64
@@ -73,8 +73,9 @@ class ListedSelection:
         chunk: int = 7,
         doubtful: tuple[int, ...] = (),
     ) -> None:
-        self.doubts: list[str] = []
+        self.findings = Findings()
         self.concluded: list[list[int]] = []
+        self.changes: list[dict[int, PageClass]] = []  # of mind, one after each pass
         self._doubtful = doubtful
         self.page_size = source.page_size
         self.level = level
@@ -92,10 +93,14 @@ class ListedSelection:
             yield Chunk(pfns[start], np.array(classes, np.uint8))
             start = end
         if first in self._doubtful:
-            self.doubts.append(f"nobody knows what is at {first:#x}")
+            self.findings.note("nobody knows what {count} pages from {place} on are", first, 5)
 
     def conclude(self, classes):
         self.concluded.append(classes.tolist())
+        if len(self.concluded) > len(self.changes):
+            return False
+        self._classes = self.changes[len(self.concluded) - 1]
+        return True
 
 
 def all_chunks(selection):

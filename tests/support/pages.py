@@ -262,6 +262,7 @@ class DeadMachine:
         unreadable: tuple[int, int] | None = None,
     ) -> None:
         self.array = array
+        self.doubts: list[str] = []
         self.page_size = array.page_size
         self.byteorder = array.byteorder
         text = info if info is not None else array.era.vmcoreinfo(array.page_size, array.free_orders)

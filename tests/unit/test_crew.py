@@ -10,7 +10,7 @@ import pytest
 
 from crashkernel.capture.codec import codec_by_name
 from crashkernel.capture.crew import Crew, WorkerFailed
-from crashkernel.capture.selection import PageClass
+from crashkernel.capture.selection import Findings, PageClass
 from support.capture import ArraySource, ListedSelection, page_of
 
 PAGE = 0x10000  # 16 pages to a batch
@@ -186,6 +186,16 @@ def test_a_survey_is_the_same_whoever_does_it(monkeypatch, workers, kill):
         assert set(np.flatnonzero(bits).tolist()) == wanted
     totals = np.sum([block[2] for block in found], axis=0)
     assert (totals[PageClass.KEPT], totals[PageClass.CACHE]) == (len(source.pages) - len(classes), 1)
-    assert selection.concluded == [totals.tolist()]
-    assert set(selection.doubts) == {f"nobody knows what is at {first:#x}" for first in doubtful}
-    assert len(selection.doubts) == 2
+    assert selection.findings.doubts() == ["nobody knows what 10 pages from 0x80 on are"]
+
+
+def test_findings_count_once_at_each_place():
+    findings = Findings()
+    findings.note("plain")
+    for _ in range(2):
+        findings.note("{count} pages from {place} on", 0x200, 1000)
+        findings.note("{count} pages from {place} on", 0x100, 500)
+    again = Findings()
+    for entry in findings.entries():
+        again.note(*entry)
+    assert again.doubts() == findings.doubts() == ["plain", "1,500 pages from 0x100 on"]

@@ -370,7 +370,7 @@ class TestDoubts:
     def doubtful(self, array: PageArray, level: int = 31, info: str | None = None, **options) -> tuple[np.ndarray, list[str]]:
         machine = DeadMachine(array, info=info, **options)
         filtered = PageFilter(machine, machine, level)
-        return classes_of(filtered), filtered.doubts
+        return classes_of(filtered), filtered.findings.doubts()
 
     @every_era
     def test_a_sound_machine_leaves_none(self, era):
@@ -413,7 +413,7 @@ class TestDoubts:
         expected = array.expected(31)
         expected[512:1024] = KEPT
         assert np.array_equal(classes_of(filtered), expected)
-        assert filtered.doubts == ["512 pages of memory have no page structs: they are kept"]
+        assert filtered.findings.doubts() == ["512 pages of memory have no page structs: they are kept"]
 
     def test_structs_that_cannot_be_read_are_kept(self):
         array = sampler(ERA_6_16)
@@ -430,7 +430,7 @@ class TestDoubts:
         assert np.array_equal(found[:1024], array.expected(31)[:1024])
         assert not found[1024:].any()
         assert doubts == [
-            "what should be the page structs of 1024 pages from page frame 0x400 on is something else: they are kept"
+            "what should be page structs, of 1,024 pages from page frame 0x400 on, is something else: they are kept"
         ]
 
     def test_structs_that_were_never_set_up_are_no_damage(self):
@@ -457,10 +457,33 @@ class TestDoubts:
         assert np.array_equal(found, array.expected(31 - 16))
         assert doubts == ["25% of memory is marked free, but the kernel counts 3%: free pages are kept"]
 
+    def test_an_excess_that_only_the_whole_shows_is_taken_back(self):
+        """Where the samples look there is no free page; elsewhere far more than the kernel counts."""
+        array = PageArray(ERA_6_16, 1 << 15)
+        machine = Repeated(array, 1 << 22)
+        machine.counted_free = 1000
+        filtered = PageFilter(machine, machine, 31)
+        assert filtered.findings.doubts() == []
+        counts = np.zeros(256, np.int64)
+        counts[FREE] = 1 << 21
+        assert filtered.conclude(counts)
+        assert filtered.findings.doubts() == ["50% of memory is marked free, but the kernel counts 0%: free pages are kept"]
+        for pfn in range(0, 1 << 15, 1024):
+            array.free(pfn, 10)
+        assert not classes_of(filtered, 0, 1 << 15)[: 1 << 15].any()
+        assert not filtered.conclude(counts)
+
+    def test_what_the_kernel_comes_to_doubt_on_the_way_is_a_finding(self):
+        machine = DeadMachine(PageArray(ERA_6_16, 512))
+        filtered = PageFilter(machine, machine, 31)
+        machine.doubts.append("memory sections from 8 on: not there")
+        classes_of(filtered)
+        assert filtered.findings.doubts() == ["memory sections from 8 on: not there"]
+
     def test_fewer_free_pages_than_the_kernel_counts(self):
         found, doubts = self.doubtful(sampler(ERA_6_16), counted_free=1000)
         assert np.count_nonzero(found == FREE) == 65
-        assert doubts == ["65 pages are marked free, but the kernel counts 1000"]
+        assert doubts == ["65 pages are marked free, but the kernel counts 1,000: the others are kept"]
 
     def test_a_large_machine_is_sampled_before_its_free_pages_are_believed(self):
         array = PageArray(ERA_6_16, 1 << 15)
@@ -470,6 +493,6 @@ class TestDoubts:
         machine.counted_free = 1000
         filtered = PageFilter(machine, machine, 31)
         assert not classes_of(filtered, 0, 1 << 16)[: 1 << 16].any()
-        assert len(filtered.doubts) == 1
+        assert len(filtered.findings.doubts()) == 1
         machine.counted_free = 3 << 20  # of 1 << 22: that may be the sample
         assert classes_of(PageFilter(machine, machine, 31), 0, 1 << 16)[: 1 << 16].all()

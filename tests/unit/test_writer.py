@@ -185,6 +185,50 @@ def test_a_selection_too_large_to_remember_is_asked_again(tmp_path, monkeypatch)
     assert (tmp_path / "asked").read_bytes() == (tmp_path / "remembered").read_bytes()
 
 
+def test_page_structs_that_read_differently_the_second_time_are_no_dump(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "_REMEMBERED", 0)
+    source = machine(400)
+
+    class Fickle(ListedSelection):
+        def chunks_of(self, first, last):
+            if self.concluded:  # as many pages, but not the same
+                self._classes = {pfn + 1: page_class for pfn, page_class in classes.items()}
+            return super().chunks_of(first, last)
+
+    classes = dict.fromkeys(range(0, 400, 5), PageClass.FREE)
+    with pytest.raises(writer.SourceChanged):
+        write(tmp_path / "dump", source, Fickle(source, classes))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("form", ["kdump", "elf"])
+def test_a_selection_that_changes_its_mind_is_gone_over_again(tmp_path, workers, form):
+    source = machine(500)
+    selection = ListedSelection(source, dict.fromkeys(range(500), PageClass.FREE))
+    final = dict.fromkeys(range(0, 500, 3), PageClass.FREE)
+    selection.changes = [final]
+    elf = form == "elf"
+    written = write(tmp_path / "dump", source, selection, NONE if elf else ZSTD, workers, form, drop_zeros=not elf)
+    assert len(selection.concluded) == 2
+    assert written.classes[PageClass.KEPT] == len(source.pages) - len(final)
+    if elf:
+        assert read_elf(tmp_path / "dump", PAGE)[0].items() >= expected(source, final).items()
+    else:
+        assert read_kdump((tmp_path / "dump").read_bytes(), PAGE, "little") == expected(source, final)
+
+
+def test_the_bitmaps_are_written_to_their_ends(tmp_path):
+    """On a disk that held something else."""
+    source = machine(100, 0x10000)
+    with (tmp_path / "dump").open("w+b") as file:
+        file.write(b"\xff" * 0x80000)
+        file.flush()
+        with Crew(source, ListedSelection(source, {}), ZSTD, 0, True) as crew:
+            write_dump(identity(), crew, file.fileno())
+    data = (tmp_path / "dump").read_bytes()
+    assert set(data[0x20000 + 13 : 0x30000]) == set(data[0x30000 + 13 : 0x40000]) == {0}
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     st.dictionaries(st.integers(0, 300), st.integers(0, 4), min_size=1, max_size=60),

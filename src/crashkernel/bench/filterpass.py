@@ -25,7 +25,7 @@ def main() -> None:
         counts = sum((block.classes for block in crew.survey()), np.zeros(256, np.int64))
     kept, absent = int(counts[PageClass.KEPT]), int(counts[PageClass.ABSENT])
     print(kept, int(counts.sum()) - kept - absent)
-    for doubt in selection.doubts:
+    for doubt in selection.findings.doubts():
         print(doubt, file=sys.stderr)
 
 

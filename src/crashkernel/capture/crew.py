@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import mmap
 import os
 import select
@@ -31,6 +32,7 @@ from crashkernel.errors import CrashkernelError, EnvironmentFault
 from crashkernel.vmcore.source import MissingMemory, Source
 
 Pfns = NDArray[np.int64]
+Finding = tuple[str, int, int]
 _NO_PFNS: Pfns = np.empty(0, np.int64)
 
 BATCH_BYTES = 1 << 20
@@ -96,22 +98,24 @@ class _Slot:
         counts, self._present, self._kept, self._doubts = np.split(self.batch.stored, [8 * 256, bits, bits + block // 8])
         self._classes: NDArray[np.int64] = counts.view(np.int64)
 
-    def survey(self, classes: NDArray[np.uint8], doubts: Iterable[str]) -> int:
-        """Note the classes of a block's pages, and what is doubtful about them; the size of the latter."""
+    def survey(self, classes: NDArray[np.uint8], found: Iterable[Finding]) -> int:
+        """Note the classes of a block's pages, and what was found doubtful about them; the size of the latter."""
         self._present[:] = np.packbits(classes != PageClass.ABSENT, bitorder="little")
         self._kept[:] = np.packbits(classes == PageClass.KEPT, bitorder="little")
         self._classes[:] = np.bincount(classes, minlength=256)
-        text = "\n".join(doubts).encode()[: len(self._doubts)]
-        self._doubts[: len(text)] = np.frombuffer(text, np.uint8)
-        return len(text)
+        data = json.dumps(list(found)).encode()
+        if len(data) > len(self._doubts):  # the console would not take so much either
+            data = b"[]"
+        self._doubts[: len(data)] = np.frombuffer(data, np.uint8)
+        return len(data)
 
     def surveyed(self) -> Surveyed:
         """What `survey` found."""
         return Surveyed(self._present.tobytes(), self._kept.tobytes(), self._classes.copy())
 
-    def doubts(self, size: int) -> list[str]:
-        """The doubts that it came to."""
-        return self._doubts[:size].tobytes().decode(errors="replace").splitlines()
+    def found(self, size: int) -> list[Finding]:
+        """What was found doubtful."""
+        return [tuple(each) for each in json.loads(self._doubts[:size].tobytes())]
 
     def do(self, count: int, source: Source, codec: Codec, *, drop_zeros: bool) -> int:
         """Do the batch of the first `count` of `pfns`; how many of them could not be read."""
@@ -214,6 +218,11 @@ class Crew:
         """Bytes of shared memory that one worker takes; its process takes some MiB of its own."""
         return _SLOTS * (PageBatch.bytes_for(max(1, BATCH_BYTES // page_size), page_size) + 9)
 
+    def renew(self) -> None:
+        """Have workers that know what the selection is now."""
+        self._dismiss()
+        self.__enter__()
+
     def __enter__(self) -> Self:
         gc.freeze()  # a collection writes to every object it looks at, and what is written to after a fork is copied
         try:
@@ -228,18 +237,15 @@ class Crew:
         self._dismiss()
 
     def survey(self) -> Iterator[Surveyed]:
-        """Go over all pages; yields every block from page frame 0 on. Then the selection has the doubts of all workers.
+        """Go over all pages; yields every block from page frame 0 on. Then the selection has the findings of all workers.
 
         :raise WorkerFailed: something that no other process could do either.
         """
-        total = np.zeros(256, np.int64)
         for job in self._in_order(_Job(_BLOCK, _NO_PFNS, number) for number in self.blocks()):
             assert job.slot is not None
-            found = job.slot.surveyed()
-            self.selection.doubts += [doubt for doubt in job.slot.doubts(job.answer or 0) if doubt not in self.selection.doubts]
-            total += found.classes
-            yield found
-        self.selection.conclude(total)
+            for finding in job.slot.found(job.answer or 0):
+                self.selection.findings.note(*finding)
+            yield job.slot.surveyed()
 
     def run(self, batches: Iterable[Pfns]) -> Iterator[Result]:
         """Do all batches, each of at most `capacity` page frames in ascending order; yields their results in the same order.
@@ -282,9 +288,9 @@ class Crew:
     def _do(self, slot: _Slot, job: _Job) -> int:
         """Do a job in this process."""
         if job.kind == _BLOCK:
-            known = len(self.selection.doubts)
+            known = set(self.selection.findings.entries())
             classes = self.classes_of(job.block)
-            return slot.survey(classes, self.selection.doubts[known:])
+            return slot.survey(classes, [each for each in self.selection.findings.entries() if each not in known])
         slot.pfns[: len(job.pfns)] = job.pfns
         return slot.do(len(job.pfns), self.source, self.codec, drop_zeros=self.drop_zeros)
 

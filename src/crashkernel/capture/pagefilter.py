@@ -54,6 +54,7 @@ from crashkernel.capture.selection import (
     DL_ZERO,
     MAX_DUMP_LEVEL,
     Chunk,
+    Findings,
     PageClass,
 )
 from crashkernel.errors import CrashkernelError, FormatError, UsageError
@@ -108,6 +109,11 @@ class DeadKernel(Protocol):
     @property
     def info(self) -> VmcoreInfo:
         """Its VMCOREINFO."""
+        ...
+
+    @property
+    def doubts(self) -> list[str]:
+        """Where what it says of itself cannot be true or cannot be read."""
         ...
 
     def page_structs(self, first: int = 0) -> Iterator[PageStructs]:
@@ -346,17 +352,19 @@ class _Findings:
     damaged: int = 0  # pages whose structs are no page structs
     first_damaged: int = 0  # page frame of the first of them
 
-    def texts(self) -> Iterator[str]:
-        """Yield it in words."""
+    def note(self, findings: Findings, place: int) -> None:
+        """Put it in words; `place` is where the pass began."""
         if self.structless:
-            yield f"{self.structless} pages of memory have no page structs: they are kept"
+            findings.note("{count} pages of memory have no page structs: they are kept", place, self.structless)
         if self.unreadable:
-            yield f"the page structs of {self.unreadable} pages cannot be read: they are kept"
+            findings.note("the page structs of {count} pages cannot be read: they are kept", place, self.unreadable)
         if self.damaged:
-            where = f"from page frame {self.first_damaged:#x} on"
-            yield f"what should be the page structs of {self.damaged} pages {where} is something else: they are kept"
+            text = (
+                "what should be the page structs of {count} pages from page frame {place} on is something else: they are kept"
+            )
+            findings.note(text, self.first_damaged, self.damaged)
         if self.bad_blocks:
-            yield f"{self.bad_blocks} free blocks have an impossible size or place: they are kept"
+            findings.note("{count} free blocks have an impossible size or place: they are kept", place, self.bad_blocks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -617,7 +625,7 @@ class _Array:
 class PageFilter:
     """The pages of a dead kernel that a dump level keeps, as a `Selection`.
 
-    `doubts` that show only on the way are there after a pass.
+    What it cannot tell is among its `findings`, some of it only after a pass.
 
     :raise UsageError: there is no such level.
     """
@@ -627,14 +635,15 @@ class PageFilter:
             raise UsageError(f"there is no dump level {level}: they are 0 to {MAX_DUMP_LEVEL}")
         self.level = level
         self.page_size = source.page_size
-        self.doubts: list[str] = []
+        self.findings = Findings()
         self._kernel = kernel
         self._source = source
         self._memory = _page_ranges(source)
         self.max_pfn = self._memory[-1][1] if self._memory else 0
         reader = _RuleReader(kernel.info, source.byteorder, source.page_size, level)
         self._rules = reader.rules()
-        self.doubts += reader.doubts
+        for doubt in reader.doubts:
+            self.findings.note(doubt)
         self._counted: int | None = None  # free pages by the kernel's own count
         self._distrust_free()
 
@@ -658,8 +667,9 @@ class PageFilter:
                 classes[~present] = PageClass.ABSENT
             yield Chunk(max(start, first), classes[max(first - start, 0) : max(min(last, end) - start, 0)])
         if walk is not None:
-            for text in walk.findings.texts():
-                self._doubt(text)
+            walk.findings.note(self.findings, first)
+            for doubt in self._kernel.doubts:
+                self.findings.note(doubt)
 
     def _distrust_free(self) -> None:
         """Keep all free pages if far more are marked free than the kernel counts: then the mark means something else.
@@ -671,7 +681,7 @@ class PageFilter:
         self._counted = counted = _counted_free(self._kernel, self._source.byteorder)
         if counted is None or not self._memory:
             return
-        all_pages = sum(high - low for low, high in self._memory)
+        all_pages = self._pages()
         window = max(_MOST_SAMPLED, min(1 << (self._rules.free_orders - 1), _CHUNK_PAGES))  # in which free blocks are whole
         step = max(all_pages // _SAMPLES // window, 1) * window
         walk = _Walk(self._source, self._rules, self._kernel.page_structs())
@@ -684,22 +694,32 @@ class PageFilter:
                 free += walk.marked_free(start, end)
         excess = free / pages - counted / all_pages
         if excess > (_EXCESS_OF_ALL if step == window else _EXCESS_OF_SOME):
-            self._rules = replace(self._rules, free=False, buddy_type=None, unaccepted_type=None, free_orders=0)
-            marks, counts = f"{free / pages:.0%} of memory is marked free", f"the kernel counts {counted / all_pages:.0%}"
-            self._doubt(f"{marks}, but {counts}: free pages are kept")
+            self._keep_free(free / pages)
 
-    def conclude(self, classes: NDArray[np.int64]) -> None:
-        """Doubt, after a pass over everything that found so many pages of each class, that all free pages were found."""
-        free = int(classes[PageClass.FREE])
+    def _keep_free(self, share: float) -> None:
+        """Believe no mark of a free page any more, with such a share of memory marked."""
+        assert self._rules is not None
+        assert self._counted is not None
+        self._rules = replace(self._rules, free=False, buddy_type=None, unaccepted_type=None, free_orders=0)
+        counts = f"the kernel counts {self._counted / self._pages():.0%}"
+        self.findings.note(f"{share:.0%} of memory is marked free, but {counts}: free pages are kept")
+
+    def conclude(self, classes: NDArray[np.int64]) -> bool:
+        """Hold the free pages that were found against the kernel's count; far too many, and the next pass keeps them all."""
         if self._counted is None or self._rules is None or not self._rules.free:
-            return
-        all_pages = sum(high - low for low, high in self._memory)
-        if abs(free - self._counted) > all_pages * _EXCESS_OF_ALL:
-            self._doubt(f"{free} pages are marked free, but the kernel counts {self._counted}")
+            return False
+        excess = int(classes[PageClass.FREE]) - self._counted
+        if excess > self._pages() * _EXCESS_OF_ALL:
+            self._keep_free(int(classes[PageClass.FREE]) / self._pages())
+            return True
+        if -excess > self._pages() * _EXCESS_OF_ALL:
+            found, counted = int(classes[PageClass.FREE]), self._counted
+            self.findings.note(f"{found:,} pages are marked free, but the kernel counts {counted:,}: the others are kept")
+        return False
 
-    def _doubt(self, text: str) -> None:
-        if text not in self.doubts:
-            self.doubts.append(text)
+    def _pages(self) -> int:
+        """How many pages of memory there are."""
+        return sum(high - low for low, high in self._memory)
 
     def _cells(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """Yield the chunks that have memory of [first, last), whole: they begin at multiples of a chunk's pages."""

@@ -41,6 +41,32 @@ class Chunk:
     classes: NDArray[np.uint8]
 
 
+class Findings:
+    """What could not be told, so that pages are kept: doubts, in words for the console.
+
+    Many processes find, each in its part of the machine, and some twice: a finding has a place, and counts once there. In its
+    text {count} stands for the sum over all places, {place} for the lowest.
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[str, dict[int, int]] = {}
+
+    def note(self, text: str, place: int = 0, count: int = 0) -> None:
+        """There is this to doubt at `place` (any number that orders places), about `count` things."""
+        self._counts.setdefault(text, {})[place] = count
+
+    def entries(self) -> list[tuple[str, int, int]]:
+        """Everything noted, as `note` takes it."""
+        return [(text, place, count) for text, places in self._counts.items() for place, count in places.items()]
+
+    def doubts(self) -> list[str]:
+        """Everything in words."""
+        return [
+            text.replace("{count}", f"{sum(places.values()):,}").replace("{place}", f"{min(places):#x}")
+            for text, places in self._counts.items()
+        ]
+
+
 class Selection(Protocol):
     """Which pages of a source go into a dump.
 
@@ -51,7 +77,7 @@ class Selection(Protocol):
     page_size: int  # bytes
     max_pfn: int  # one more than the highest page frame number of the source
     level: int  # the dump level that was applied, 0 to 31
-    doubts: list[str]  # in words, for the console: what could not be told, so that its pages are kept
+    findings: Findings
 
     def chunks_of(self, first: int, last: int) -> Iterator[Chunk]:
         """Yield the classes of every page of the page frames [first, last) that is there, in ascending order, each once.
@@ -60,6 +86,9 @@ class Selection(Protocol):
         """
         ...
 
-    def conclude(self, classes: NDArray[np.int64]) -> None:
-        """Everything was gone over, and there were so many pages of each class: doubt what is wrong with that."""
+    def conclude(self, classes: NDArray[np.int64]) -> bool:
+        """Everything was gone over, and there were so many pages of each class: whether that makes a difference.
+
+        If so it has changed its mind, and everything must be gone over again.
+        """
         ...

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import stat
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from crashkernel.capture.crew import Crew, Pfns, Result
 from crashkernel.capture.selection import PageClass
+from crashkernel.errors import EnvironmentFault
 from crashkernel.formats import diskdump, elf, flattened
 from crashkernel.formats.elf import ByteOrder
 from crashkernel.memory import RangeSet, align_up
@@ -37,9 +39,9 @@ _IOV_MAX = 1024  # include/uapi/linux/uio.h, UIO_MAXIOV
 class Progress:
     """How far a dump is: of `total` pages `done` are behind us, first in looking which to keep, then in copying those.
 
-    `written` counts bytes, `classes` the pages of each class that were found so far, `unreadable` those that the source would not
-    give. Nothing will be written any more to the bytes [start, end) of the dump that `settled` names: its head is none of them
-    while page descriptors are missing there.
+    `written` counts bytes, `classes` the pages of each class that were found so far, `unreadable` those that the source would
+    not give. Nothing will be written any more to the bytes [start, end) of the dump that `settled` names: its head is none of
+    them while page descriptors are missing there.
     """
 
     copying: bool
@@ -205,6 +207,10 @@ class _Sequential(_Output):
 # --------------------------------------------------------------------------------------------- which pages, and batches
 
 
+class SourceChanged(EnvironmentFault):
+    """The dead kernel's page structs were not the same when they were read again: what was written is of no use."""
+
+
 class _Kept:
     """The page frames that a crew's selection keeps: remembered from the survey if that is cheap, else surveyed again."""
 
@@ -212,18 +218,29 @@ class _Kept:
         self._crew = crew
         self._tally = tally
         self._bits: list[bytes] | None = []
+        self._check = 0  # of all bits that were counted
 
-    def first_pass(self) -> Iterator[tuple[bytes, bytes]]:
-        """Bits of the page frames that are there, and of those that are kept, a block at a time; counts them on the way."""
-        size = 0
-        for block in self._crew.survey():
-            self._tally.classes += block.classes
-            size += len(block.kept)
-            if size > _REMEMBERED:
-                self._bits = None
-            if self._bits is not None:
-                self._bits.append(block.kept)
-            yield block.present, block.kept
+    def first_pass(self) -> Iterator[tuple[int, bytes, bytes]]:
+        """Numbers of blocks, bits of the page frames that are there, and of those that are kept; counts them on the way.
+
+        Begins anew where the selection changes its mind: of two blocks of one number the later counts.
+        """
+        while True:
+            size = self._check = 0
+            self._bits = []
+            self._tally.classes[:] = 0
+            for number, block in enumerate(self._crew.survey()):
+                self._tally.classes += block.classes
+                self._check = zlib.crc32(block.kept, self._check)
+                size += len(block.kept)
+                if size > _REMEMBERED:
+                    self._bits = None
+                if self._bits is not None:
+                    self._bits.append(block.kept)
+                yield number, block.present, block.kept
+            if not self._crew.selection.conclude(self._tally.classes):
+                return
+            self._crew.renew()
 
     def batches(self, capacity: int) -> Iterator[Pfns]:
         """The kept page frames, `capacity` at a time."""
@@ -242,8 +259,13 @@ class _Kept:
             for bits in self._bits:
                 yield np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")
             return
+        check = 0
         for number in self._crew.blocks():
-            yield (self._crew.classes_of(number) == PageClass.KEPT).view(np.uint8)
+            kept = (self._crew.classes_of(number) == PageClass.KEPT).view(np.uint8)
+            check = zlib.crc32(np.packbits(kept, bitorder="little").tobytes(), check)
+            yield kept
+        if check != self._check:
+            raise SourceChanged("the page structs of the dead kernel were others when they were read again")
 
 
 # ----------------------------------------------------------------------------------------------------- kdump-compressed
@@ -265,13 +287,14 @@ def _write_kdump(identity: Identity, crew: Crew, output: _Output, tell: Listener
     tally = _Tally()
     kept = _Kept(crew, tally)
     output.put(0, layout.headers)
-    done = 0
-    for bits in kept.first_pass():
-        at = done // 8
-        for offset, some in zip((layout.bitmap1_offset, layout.bitmap2_offset), bits, strict=True):
-            output.put(offset + at, some[: layout.bitmap_size - at])
-        done += crew.block
-        tell(Progress(False, min(done, selection.max_pfn), selection.max_pfn, output.size, tally.by_class()))
+    for number, present, wanted in kept.first_pass():
+        at = number * crew.block // 8
+        done = min((number + 1) * crew.block, selection.max_pfn)
+        # on a disk that held something else the rest of the last block must be zeros too
+        size = layout.bitmap_size - at if done == selection.max_pfn else len(wanted)
+        for offset, bits in ((layout.bitmap1_offset, present), (layout.bitmap2_offset, wanted)):
+            output.put(offset + at, bits[:size].ljust(size, b"\0"))
+        tell(Progress(False, done, selection.max_pfn, output.size, tally.by_class()))
     raw_size = source.page_size
     descriptors = _Descriptors(output, layout.descriptors_offset, source.byteorder)
     offset = layout.descriptors_offset + tally.kept * diskdump.DESCRIPTOR_SIZE
@@ -343,13 +366,13 @@ def _write_elf(identity: Identity, crew: Crew, output: _Output, tell: Listener) 
     source = crew.source
     assert not crew.drop_zeros, "a plain ELF file has no one place for all zero pages"
     assert crew.codec.flag == 0, "a plain ELF file is not compressed"
-    gap = _ELF_GAP
+    tally = _Tally()
     while True:
-        tally = _Tally()
-        runs = _runs(_told(crew, tally, output, tell), crew.block, gap)
-        if len(runs) <= _MOST_SEGMENTS // 2:
+        tally.classes[:] = 0
+        runs = _runs(_told(crew, tally, output, tell), crew.block)
+        if not crew.selection.conclude(tally.classes):
             break
-        gap *= 2
+        crew.renew()
     page_size = source.page_size
     loads = _elf_segments(source.memory, runs, page_size, identity.linear_base)
     head_size = elf.headers_size(1 + len(loads))
@@ -382,30 +405,48 @@ def _told(crew: Crew, tally: _Tally, output: _Output, tell: Listener) -> Iterato
         done = min((number + 1) * crew.block, selection.max_pfn)
         tell(Progress(False, done, selection.max_pfn, output.size, tally.by_class()))
         yield classes
-    selection.conclude(tally.classes)
 
 
-def _runs(blocks: Iterable[NDArray[np.uint8]], block: int, gap: int) -> list[tuple[int, int]]:
-    """Half-open runs of page frames to store: the kept ones, and with them fewer than `gap` dropped ones in between.
+def _runs(blocks: Iterable[NDArray[np.uint8]], block: int) -> list[tuple[int, int]]:
+    """Half-open runs of page frames to store: the kept ones, and with them dropped ones in small gaps in between.
 
-    A page that must not be read, or is not there, ends a run.
+    A page that must not be read, or is not there, ends a run. Where there are more runs than an ELF file can have
+    segments for, gaps of twice the size are small.
     """
     runs: list[tuple[int, int]] = []
-    barrier = -1  # the last page frame so far that no run may hold
+    walls: list[int] = []  # of each run: the last page frame below it that no run may hold
+    gap = _ELF_GAP
+    wall = -1
     for number, classes in enumerate(blocks):
         start = number * block
         edges = np.flatnonzero(np.diff(classes == PageClass.KEPT, prepend=False, append=False)) + start
-        barriers = np.flatnonzero(np.isin(classes, _NOT_TO_BE_READ)) + start
-        below = np.searchsorted(barriers, edges[::2])
+        forbidden = np.flatnonzero(np.isin(classes, _NOT_TO_BE_READ)) + start
+        below = np.searchsorted(forbidden, edges[::2])
         for first, end, index in zip(edges[::2].tolist(), edges[1::2].tolist(), below.tolist(), strict=True):
-            last_barrier = int(barriers[index - 1]) if index else barrier
-            if runs and first - runs[-1][1] < gap and last_barrier < runs[-1][0]:
+            last_wall = int(forbidden[index - 1]) if index else wall
+            if runs and first - runs[-1][1] < gap and last_wall < runs[-1][0]:
                 runs[-1] = (runs[-1][0], end)
-            else:
-                runs.append((first, end))
-        if len(barriers):
-            barrier = int(barriers[-1])
+                continue
+            runs.append((first, end))
+            walls.append(last_wall)
+            if len(runs) > _MOST_SEGMENTS // 2:
+                gap *= 2
+                runs, walls = _merged(runs, walls, gap)
+        if len(forbidden):
+            wall = int(forbidden[-1])
     return runs
+
+
+def _merged(runs: list[tuple[int, int]], walls: list[int], gap: int) -> tuple[list[tuple[int, int]], list[int]]:
+    """The same with larger gaps bridged."""
+    fewer, theirs = [runs[0]], [walls[0]]
+    for run, wall in zip(runs[1:], walls[1:], strict=True):
+        if run[0] - fewer[-1][1] < gap and wall < fewer[-1][0]:
+            fewer[-1] = (fewer[-1][0], run[1])
+        else:
+            fewer.append(run)
+            theirs.append(wall)
+    return fewer, theirs
 
 
 def _elf_segments(

@@ -142,8 +142,10 @@ def _capture(arguments: argparse.Namespace) -> int:
     selection = PageFilter(kernel, source, arguments.level)
     panic = panic_line(log) or ""
     console.say(f"{identity.utsname.release} {identity.utsname.machine}: {panic or 'no panic message in its log'}")
-    for doubt in (*kernel.doubts, *selection.doubts):
-        console.say(f"doubtful, so pages are kept: {doubt}")
+    told = set()
+    for doubt in (*kernel.doubts, *selection.findings.doubts()):
+        console.say(f"doubtful: {doubt}")
+        told.add(doubt)
 
     def write(descriptor: int, beat: Beat) -> Contents:
         def tell(progress: Progress) -> None:
@@ -154,10 +156,9 @@ def _capture(arguments: argparse.Namespace) -> int:
         drop_zeros = form == "kdump" and bool(arguments.level & DL_ZERO)
         with Crew(source, selection, codec, workers, drop_zeros) as crew:
             written = write_dump(identity, crew, descriptor, form, tell)
-        console.done(written, [doubt for doubt in selection.doubts if doubt not in told])
+        console.done(written, [doubt for doubt in selection.findings.doubts() if doubt not in told])
         return _contents(arguments, codec, identity, panic, source, written)
 
-    told = tuple(selection.doubts)
     saved = save(
         write,
         targets,
@@ -294,7 +295,7 @@ class _Console:
         from crashkernel.capture.selection import PageClass  # noqa: PLC0415
 
         for doubt in doubts:
-            self.say(f"doubtful, so pages are kept: {doubt}")
+            self.say(f"doubtful: {doubt}")
         if written.unreadable:
             count = len(written.unreadable)
             first = written.unreadable[0]

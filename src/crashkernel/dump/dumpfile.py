@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crashkernel.capture.codec import Codec, codec_for_flag
-from crashkernel.capture.selection import MAX_DUMP_LEVEL, Chunk, PageClass, Selection
+from crashkernel.capture.selection import MAX_DUMP_LEVEL, Chunk, Findings, PageClass, Selection
 from crashkernel.dump.bitmap import PIECE, Bitmap, Directory, Pfns, runs
 from crashkernel.dump.dumpbytes import DumpBytes, FlattenedFile, PlainFile
 from crashkernel.errors import EnvironmentFault, FormatError
@@ -432,7 +432,7 @@ class KeptPages:
         self.page_size = dump.page_size
         self.max_pfn = dump.max_pfn
         self.level = dump.level
-        self.doubts: list[str] = []
+        self.findings = Findings()
 
     def chunks_of(self, first: int, last: int) -> Iterator[Chunk]:
         """Yield the classes of the page frames [first, last)."""
@@ -446,8 +446,9 @@ class KeptPages:
             classes[np.unpackbits(kept, bitorder="little") != 0] = PageClass.KEPT
             yield Chunk(max(start, first), classes[max(first - start, 0) : min(last, self.max_pfn) - start])
 
-    def conclude(self, classes: NDArray[np.int64]) -> None:
+    def conclude(self, classes: NDArray[np.int64]) -> bool:
         """A dump has what it has."""
+        return False
 
 
 class StoredPages:
@@ -460,7 +461,7 @@ class StoredPages:
         self.page_size = vmcore.page_size
         self.max_pfn = max((-(-each.end // self.page_size) for each in vmcore.segments), default=0)
         self.level = 0 if all(each.file_offset is not None for each in vmcore.segments) else MAX_DUMP_LEVEL
-        self.doubts: list[str] = []
+        self.findings = Findings()
         # first page frame, last one, and where it is in the file; both ascend, as segments do not overlap
         self._spans = [
             (each.paddr // self.page_size, -(-each.end // self.page_size), each.file_offset) for each in vmcore.segments
@@ -487,8 +488,9 @@ class StoredPages:
             position = end
             index = bisect_right(self._ends, position)
 
-    def conclude(self, classes: NDArray[np.int64]) -> None:
+    def conclude(self, classes: NDArray[np.int64]) -> bool:
         """A dump has what it has."""
+        return False
 
 
 # ------------------------------------------------------------------------------------------------------------- opening
