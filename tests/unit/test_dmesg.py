@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from crashkernel.errors import CrashkernelError, FormatError
 from crashkernel.vmcore import dmesg
-from crashkernel.vmcore.dmesg import Record, crash_time, format_record, log_records, panic_line, read_log
+from crashkernel.vmcore.dmesg import Record, format_record, log_records, panic_line, read_log
 from crashkernel.vmcore.kernel import CrashedKernel
 from support.vmcores import MIB, PrintkRing, SyntheticKernel
 
@@ -197,16 +197,6 @@ def test_large_rings_are_read_in_slices():
     records = list(log_records(kernel_with(ring)))
     assert len(records) == 8192
     assert [record.text for record in records] == [b"message %d" % number for number in range(12_000 - 8192, 12_000)]
-
-
-def test_crash_time():
-    made = SyntheticKernel(ranges=((0, 64 * MIB),))
-    assert crash_time(CrashedKernel(made.source())) == 1795567645
-    for value in ("", "-5", "soon", "9" * 30):
-        made.info["CRASHTIME"] = value
-        assert crash_time(CrashedKernel(made.source())) is None
-    del made.info["CRASHTIME"]
-    assert crash_time(CrashedKernel(made.source())) is None
 
 
 @given(st.data())

@@ -281,3 +281,13 @@ def test_survives_being_cut_off(tmp_path):
         path.write_bytes(data)
         with pytest.raises(FormatError):
             ElfVmcore(path)
+
+
+def test_what_follows_the_notes_of_a_buffer_is_none_of_the_notes(tmp_path):
+    """Else a reader of all notes together would stop at it."""
+    first = write_note("little", "CORE", 1, bytes(336))
+    path = tmp_path / "v"
+    parts = [Part(PT_NOTE, data=first + bytes(64)), Part(PT_NOTE, data=NOTE), Part(PT_LOAD, data=bytes(4096))]
+    path.write_bytes(write_elf("little", parts, kind=4, machine=62))
+    with ElfVmcore(path) as source:
+        assert source.notes == first + NOTE

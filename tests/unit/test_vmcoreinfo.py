@@ -136,3 +136,12 @@ def test_damage(text):
 @given(st.binary(max_size=100))
 def test_noise(text):
     survives(ask_everything, text)
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [("1795567645", 1795567645), ("0", 0), ("", None), ("-5", None), ("soon", None), ("9" * 13, None), ("\u0663", None)],
+)
+def test_crash_time_is_one_that_a_calendar_has(value, seconds):
+    assert VmcoreInfo({"CRASHTIME": value}).crash_time == seconds
+    assert VmcoreInfo({}).crash_time is None

@@ -16,6 +16,7 @@ from crashkernel.capture.codec import CODECS, codec_by_name, codec_for_flag
 from crashkernel.capture.crew import Crew
 from crashkernel.capture.selection import PageClass
 from crashkernel.capture.writer import write_dump
+from crashkernel.errors import UsageError
 from crashkernel.formats import flattened
 from crashkernel.vmcore.source import ElfVmcore
 from support.capture import LINEAR_BASE, ArraySource, ListedSelection, identity, page_of
@@ -167,13 +168,21 @@ def test_plain_elf_bridges_small_gaps_but_never_touches_a_poisoned_page(tmp_path
 
 def test_too_many_segments_are_made_fewer(tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "_ELF_GAP", 1)
-    monkeypatch.setattr(writer, "_MOST_SEGMENTS", 40)
+    monkeypatch.setattr(writer, "_MOST_RUNS", 20)
     source = machine(300)
     classes = {pfn: PageClass.FREE for pfn in source.pages if pfn % 4 == 0}
     write(tmp_path / "core", source, ListedSelection(source, classes), NONE, 1, "elf", drop_zeros=False)
     pages, core = read_elf(tmp_path / "core", PAGE)
-    assert len(core.segments) < 40
+    assert len(core.segments) <= 20
     assert pages.items() >= expected(source, classes).items()
+
+
+def test_memory_in_too_many_pieces_is_no_elf_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "_MOST_RUNS", 20)
+    source = machine(300)
+    classes = {pfn: PageClass.POISONED for pfn in source.pages if pfn % 4 == 0}
+    with pytest.raises(UsageError, match="use --format kdump"):
+        write(tmp_path / "core", source, ListedSelection(source, classes), NONE, 1, "elf", drop_zeros=False)
 
 
 def test_a_selection_too_large_to_remember_is_asked_again(tmp_path, monkeypatch):

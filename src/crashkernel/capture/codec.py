@@ -167,9 +167,12 @@ def _zlib_compressor(batch: PageBatch) -> Compress:
 def _zlib_decompress(data: bytes, page_size: int) -> bytes:
     engine = zlib.decompressobj()
     try:
-        return engine.decompress(data, page_size + 1)
+        page = engine.decompress(data, page_size + 1)
     except zlib.error as error:
         raise FormatError(f"zlib: {error}") from error
+    if not engine.eof and len(page) <= page_size:  # or its checksum was never looked at
+        raise FormatError("zlib: it is cut off before its end")
+    return page
 
 
 # ----------------------------------------------------------------------------------------------------------------- lzo
@@ -266,9 +269,13 @@ def _zstd_compressor(batch: PageBatch) -> Compress:
 def _zstd_decompress(data: bytes, page_size: int) -> bytes:
     zstandard = _zstandard()
     try:
+        # the module makes room for what the frame says of itself, whatever `max_output_size` is
+        size = zstandard.get_frame_parameters(data).content_size
+        if size not in (page_size, zstandard.CONTENTSIZE_UNKNOWN):
+            raise FormatError(f"zstd: by its header it has {size:,} bytes, not {page_size:,}")
         return bytes(zstandard.ZstdDecompressor().decompress(data, max_output_size=page_size))
-    except zstandard.ZstdError as error:
-        raise FormatError(f"zstd: {error}") from error
+    except (zstandard.ZstdError, MemoryError) as error:
+        raise FormatError(f"zstd: {error or 'it asks for more memory than there is'}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------- none

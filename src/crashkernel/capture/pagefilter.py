@@ -359,9 +359,7 @@ class _Findings:
         if self.unreadable:
             findings.note("the page structs of {count} pages cannot be read: they are kept", place, self.unreadable)
         if self.damaged:
-            text = (
-                "what should be the page structs of {count} pages from page frame {place} on is something else: they are kept"
-            )
+            text = "what should be page structs, of {count} pages from page frame {place} on, is something else: they are kept"
             findings.note(text, self.first_damaged, self.damaged)
         if self.bad_blocks:
             findings.note("{count} free blocks have an impossible size or place: they are kept", place, self.bad_blocks)

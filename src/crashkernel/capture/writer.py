@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from crashkernel.capture.crew import Crew, Pfns, Result
 from crashkernel.capture.selection import PageClass
-from crashkernel.errors import EnvironmentFault
+from crashkernel.errors import EnvironmentFault, UsageError
 from crashkernel.formats import diskdump, elf, flattened
 from crashkernel.formats.elf import ByteOrder
 from crashkernel.memory import RangeSet, align_up
@@ -359,7 +359,7 @@ class _Descriptors:
 
 _ELF_GAP = 256  # pages that are dropped in a row before it is worth another program header (as makedumpfile's PFN_EXCLUDED)
 _NOT_TO_BE_READ = (PageClass.POISONED, PageClass.OFFLINE, PageClass.DROPPED, PageClass.ABSENT)
-_MOST_SEGMENTS = elf.PN_XNUM - 2  # less PT_NOTE; readers of cores know no escape for more
+_MOST_RUNS = (elf.PN_XNUM - 2) // 2  # less PT_NOTE; readers of cores know no escape for more, and a run may take two
 
 
 def _write_elf(identity: Identity, crew: Crew, output: _Output, tell: Listener) -> _Tally:
@@ -411,7 +411,9 @@ def _runs(blocks: Iterable[NDArray[np.uint8]], block: int) -> list[tuple[int, in
     """Half-open runs of page frames to store: the kept ones, and with them dropped ones in small gaps in between.
 
     A page that must not be read, or is not there, ends a run. Where there are more runs than an ELF file can have
-    segments for, gaps of twice the size are small.
+    segments for, larger gaps are small.
+
+    :raise UsageError: no size of gaps makes them few enough.
     """
     runs: list[tuple[int, int]] = []
     walls: list[int] = []  # of each run: the last page frame below it that no run may hold
@@ -429,9 +431,12 @@ def _runs(blocks: Iterable[NDArray[np.uint8]], block: int) -> list[tuple[int, in
                 continue
             runs.append((first, end))
             walls.append(last_wall)
-            if len(runs) > _MOST_SEGMENTS // 2:
-                gap *= 2
-                runs, walls = _merged(runs, walls, gap)
+            if len(runs) > _MOST_RUNS:
+                while len(runs) > _MOST_RUNS // 2 and gap < end:
+                    gap *= 2
+                    runs, walls = _merged(runs, walls, gap)
+                if len(runs) > _MOST_RUNS:
+                    raise UsageError("memory is in more pieces than an ELF file can have segments", hint="use --format kdump")
         if len(forbidden):
             wall = int(forbidden[-1])
     return runs

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from crashkernel.cli.command import add_command, require_numpy
 from crashkernel.cli.command import write as write_file
-from crashkernel.errors import EnvironmentFault, FormatError, UsageError
+from crashkernel.errors import CrashkernelError, EnvironmentFault, UsageError
 from crashkernel.memory import format_size
 from crashkernel.report.terminal import visible
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from crashkernel.capture.writer import Progress, Written
     from crashkernel.target import Beat, Target
     from crashkernel.target.manifest import Contents
-    from crashkernel.vmcore.identity import Identity
-    from crashkernel.vmcore.source import ElfVmcore
+    from crashkernel.vmcore.kernel import CrashedKernel
 
 _CODECS = ("zstd", "lzo", "snappy", "zlib", "none")  # capture/codec.py has them; importing it costs what --help need not pay
 _DEFAULT_TARGET = "/var/crash/"
+_VMCORE = "/proc/vmcore"
 
 _EPILOG = """examples:
   crashkernel capture                                   /proc/vmcore to a new directory below /var/crash
@@ -54,14 +54,14 @@ targets:
   http[s]://HOST[:PORT]/PREFIX  to `crashkernel receive`
   -                             standard output
 
-exit status: 0 saved and whole, 2 usage, or not a vmcore, 3 no target took it
+exit status: 0 saved and whole, 2 usage, or not a vmcore, 3 no target took it, or this machine lacks something
 """
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add capture to the parser."""
     capture = add_command(commands, "capture", "save a dead kernel's memory, filtered and compressed", _EPILOG)
-    capture.add_argument("vmcore", nargs="?", default="/proc/vmcore", help="an ELF vmcore (default: %(default)s)")
+    capture.add_argument("vmcore", nargs="?", default=_VMCORE, help="an ELF vmcore (default: %(default)s)")
     capture.add_argument(
         "--to",
         action="append",
@@ -95,7 +95,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="SECONDS",
         help="give a target up that gets on with nothing for so long (default: %(default)s)",
     )
-    capture.add_argument("--json", type=Path, metavar="FILE", help="write what was saved, and where, as JSON")
+    capture.add_argument("--json", metavar="FILE", help="write what was saved, and where, as JSON; - for standard output")
     capture.set_defaults(run=_capture)
 
 
@@ -117,61 +117,111 @@ def _workers(text: str) -> int:
 
 def _capture(arguments: argparse.Namespace) -> int:
     require_numpy()
-    from crashkernel.capture.crew import Crew  # noqa: PLC0415
-    from crashkernel.capture.pagefilter import PageFilter  # noqa: PLC0415
-    from crashkernel.capture.selection import DL_ZERO  # noqa: PLC0415
-    from crashkernel.capture.writer import write_dump  # noqa: PLC0415
     from crashkernel.target import LOG, crash_name, save  # noqa: PLC0415
-    from crashkernel.vmcore.dmesg import panic_line, read_log  # noqa: PLC0415
-    from crashkernel.vmcore.identity import Identity  # noqa: PLC0415
+    from crashkernel.vmcore.dmesg import read_log  # noqa: PLC0415
     from crashkernel.vmcore.kernel import CrashedKernel  # noqa: PLC0415
     from crashkernel.vmcore.source import ElfVmcore  # noqa: PLC0415
 
+    if arguments.json == "-" and "-" in (arguments.to or ()):
+        raise UsageError("the dump and the JSON cannot both go to standard output", hint="give --json a file")
     targets = _targets(arguments)
     codec = _codec(arguments)
-    form = arguments.format
+    if not Path(arguments.vmcore).exists():
+        hint = "only a capture kernel has it: name a vmcore file" if arguments.vmcore == _VMCORE else ""
+        raise UsageError(f"there is no {arguments.vmcore}", hint=hint)
     console = _Console(sys.stderr)
-    source = ElfVmcore(arguments.vmcore)
-    kernel = CrashedKernel(source)
+    kernel = CrashedKernel(ElfVmcore(arguments.vmcore))
     log = ""
     try:
         log = read_log(kernel)
-    except FormatError as error:
+    except CrashkernelError as error:
         kernel.doubt(f"its log cannot be read: {error}")
-    identity = Identity.of(kernel)
-    selection = PageFilter(kernel, source, arguments.level)
-    panic = panic_line(log) or ""
-    console.say(f"{identity.utsname.release} {identity.utsname.machine}: {panic or 'no panic message in its log'}")
-    told = set()
-    for doubt in (*kernel.doubts, *selection.findings.doubts()):
-        console.say(f"doubtful: {doubt}")
-        told.add(doubt)
-
-    def write(descriptor: int, beat: Beat) -> Contents:
-        def tell(progress: Progress) -> None:
-            beat(*progress.settled)
-            console.show(progress)
-
-        workers = _as_many_as_fit(source.page_size) if arguments.workers is None else arguments.workers
-        drop_zeros = form == "kdump" and bool(arguments.level & DL_ZERO)
-        with Crew(source, selection, codec, workers, drop_zeros) as crew:
-            written = write_dump(identity, crew, descriptor, form, tell)
-        console.done(written, [doubt for doubt in selection.findings.doubts() if doubt not in told])
-        return _contents(arguments, codec, identity, panic, source, written)
-
+    capture = _Capture(arguments, codec, kernel, log, console)
+    identity = capture.identity
+    console.say(f"{identity.utsname.release} {identity.utsname.machine}: {capture.panic or 'no panic message in its log'}")
+    console.doubt(kernel.doubts)
     saved = save(
-        write,
+        capture.write,
         targets,
         crash_name(identity.utsname.nodename.replace("(none)", ""), identity.crash_time or time.time()),
         files={LOG: log.encode()} if log else {},
         stall=arguments.stall,
         report=console.say,
     )
-    console.say(f"saved: {saved.place}, {format_size(saved.manifest.size)}")
+    console.say(f"saved: {saved.place}, {format_size(saved.manifest.size)}, {codec.name if codec.flag else 'not compressed'}")
     if arguments.json is not None:
-        record = {"place": saved.place, **json.loads(saved.manifest.to_json())}
-        write_file(arguments.json, json.dumps(record, indent=1) + "\n", "--json")
+        _put_json(arguments.json, {"place": saved.place, **json.loads(saved.manifest.to_json())}, console)
     return 0
+
+
+def _put_json(name: str, record: dict[str, object], console: _Console) -> None:
+    """Write a record to where `--json` says. What goes wrong there is said, no more: the dump is saved."""
+    text = json.dumps(record, indent=1) + "\n"
+    try:
+        if name == "-":
+            print(text, end="", flush=True)
+        else:
+            write_file(Path(name), text, "--json")
+    except (OSError, UsageError) as error:
+        console.say(f"{error}")
+
+
+class _Capture:
+    """One vmcore to save: what is known of it, and how it is written. A target that is tried has it written anew."""
+
+    def __init__(self, arguments: argparse.Namespace, codec: Codec, kernel: CrashedKernel, log: str, console: _Console) -> None:
+        from crashkernel.vmcore.dmesg import panic_line  # noqa: PLC0415
+        from crashkernel.vmcore.identity import Identity  # noqa: PLC0415
+
+        self._arguments, self._codec, self._kernel, self._console = arguments, codec, kernel, console
+        self.panic = panic_line(log) or ""
+        self.identity = Identity.of(kernel)
+
+    def write(self, descriptor: int, beat: Beat) -> Contents:
+        """Write the dump, with the log already where it goes: what can go wrong from here on cannot cost that."""
+        from crashkernel.capture.crew import Crew  # noqa: PLC0415
+        from crashkernel.capture.pagefilter import PageFilter  # noqa: PLC0415
+        from crashkernel.capture.selection import DL_ZERO  # noqa: PLC0415
+        from crashkernel.capture.writer import write_dump  # noqa: PLC0415
+
+        arguments, source, console = self._arguments, self._kernel.source, self._console
+        selection = PageFilter(self._kernel, source, arguments.level)
+        console.doubt(selection.findings.doubts())
+
+        def tell(progress: Progress) -> None:
+            beat(*progress.settled)
+            console.show(progress)
+
+        workers = _as_many_as_fit(source.page_size) if arguments.workers is None else arguments.workers
+        drop_zeros = arguments.format == "kdump" and bool(arguments.level & DL_ZERO)
+        with Crew(source, selection, self._codec, workers, drop_zeros) as crew:
+            written = write_dump(self.identity, crew, descriptor, arguments.format, tell)
+        console.doubt(selection.findings.doubts())
+        console.done(written)
+        return self._contents(written)
+
+    def _contents(self, written: Written) -> Contents:
+        from crashkernel.capture.selection import PageClass  # noqa: PLC0415
+        from crashkernel.target.manifest import Contents, PageCounts  # noqa: PLC0415
+
+        pages, identity = written.classes, self.identity
+        compressed = self._arguments.format == "kdump"
+        return Contents(
+            format=("flattened" if written.stream else "kdump-compressed") if compressed else "elf",
+            codec=self._codec.name,
+            level=self._arguments.level,
+            page_size=self._kernel.source.page_size,
+            pages=PageCounts(
+                kept=pages[PageClass.KEPT],
+                zero=written.zero,
+                unreadable=len(written.unreadable),
+                **{each.name.lower(): pages[each] for each in pages if each not in (PageClass.KEPT, PageClass.DROPPED)},
+            ),
+            release=identity.utsname.release,
+            machine=identity.utsname.machine,
+            panic=self.panic,
+            crash_time=identity.crash_time or None,
+        )
 
 
 def _targets(arguments: argparse.Namespace) -> list[Target]:
@@ -222,30 +272,17 @@ def _as_many_as_fit(page_size: int) -> int:
     return fitting if fitting > 1 else 0
 
 
-def _contents(
-    arguments: argparse.Namespace, codec: Codec, identity: Identity, panic: str, source: ElfVmcore, written: Written
-) -> Contents:
-    from crashkernel.capture.selection import PageClass  # noqa: PLC0415
-    from crashkernel.target.manifest import Contents, PageCounts  # noqa: PLC0415
+_SERIAL = ("console", "hvc", "ttyS", "ttyAMA", "ttyUSB")  # names of devices in /dev that what is sent to stays on
 
-    pages = written.classes
-    compressed = arguments.format == "kdump"
-    return Contents(
-        format=("flattened" if written.stream else "kdump-compressed") if compressed else "elf",
-        codec=codec.name,
-        level=arguments.level,
-        page_size=source.page_size,
-        pages=PageCounts(
-            kept=pages[PageClass.KEPT],
-            zero=written.zero,
-            unreadable=len(written.unreadable),
-            **{each.name.lower(): pages[each] for each in pages if each not in (PageClass.KEPT, PageClass.DROPPED)},
-        ),
-        release=identity.utsname.release,
-        machine=identity.utsname.machine,
-        panic=panic,
-        crash_time=identity.crash_time or None,
-    )
+
+def _is_screen(stream: TextIO) -> bool:
+    """Whether it is a terminal on which a line can be written again: no console that somebody logs."""
+    if not stream.isatty() or os.environ.get("TERM", "dumb") in ("", "dumb"):
+        return False
+    try:
+        return not Path(os.ttyname(stream.fileno())).name.startswith(_SERIAL)
+    except OSError:
+        return False
 
 
 class _Console:
@@ -253,16 +290,16 @@ class _Console:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._terminal = stream.isatty()
+        self._terminal = _is_screen(stream)
         self._start = time.monotonic()
         self._shown = 0.0
         self._copying_since = 0.0
-        self._bar = False
+        self._doubts: set[str] = set()
 
     def say(self, text: str) -> None:
-        """One line."""
-        self._clear()
-        print(f"crashkernel: {visible(text)}", file=self._stream, flush=True)
+        """One line; of a bar nothing remains, whoever drew it: a target is tried by a process of its own."""
+        clear = "\r\x1b[K" if self._terminal else ""
+        print(f"{clear}crashkernel: {visible(text)}", file=self._stream, flush=True)
 
     def show(self, progress: Progress) -> None:
         """How far it is, unless that was said a moment ago."""
@@ -286,16 +323,20 @@ class _Console:
             bar = "#" * round(20 * share)
             self._stream.write(f"\r\x1b[K[{bar:<20}] {text}"[: width + 4])
             self._stream.flush()
-            self._bar = True
         else:
             print(f"crashkernel: {text}", file=self._stream, flush=True)
 
-    def done(self, written: Written, doubts: list[str]) -> None:
+    def doubt(self, doubts: list[str]) -> None:
+        """What is doubtful and was not said before."""
+        for text in doubts:
+            if text not in self._doubts:
+                self._doubts.add(text)
+                self.say(f"doubtful: {text}")
+
+    def done(self, written: Written) -> None:
         """All pages are written; the target has yet to make them whole."""
         from crashkernel.capture.selection import PageClass  # noqa: PLC0415
 
-        for doubt in doubts:
-            self.say(f"doubtful: {doubt}")
         if written.unreadable:
             count = len(written.unreadable)
             first = written.unreadable[0]
@@ -305,11 +346,6 @@ class _Console:
             f"{kept:,} pages kept, {written.zero:,} of them zeros{_dropped(written.classes)}; "
             f"{format_size(written.size)} in {_duration(time.monotonic() - self._start)}; making sure that it is whole"
         )
-
-    def _clear(self) -> None:
-        if self._bar:
-            self._stream.write("\r\x1b[K")
-            self._bar = False
 
 
 _WORDS = ("cache", "private cache", "user", "free", "poisoned", "offline", "dropped before")

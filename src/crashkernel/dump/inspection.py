@@ -137,7 +137,6 @@ def inspect(dump: Dump, manifest: Manifest | None = None, tell: Tell = lambda *_
         remarks.append(f"its log cannot be read: {error}")
     pages = _statistics(dump, tell)
     task = crashed_task(log)
-    time = dump.vmcoreinfo.get("CRASHTIME", "")
     completeness = _completeness(dump, pages, remarks)
     if manifest is not None and manifest.size != file_size(dump):
         remarks.append(f"its manifest says that it has {manifest.size:,} bytes")
@@ -154,7 +153,7 @@ def inspect(dump: Dump, manifest: Manifest | None = None, tell: Tell = lambda *_
         release=dump.vmcoreinfo.release,
         version=names.version,
         node=names.nodename,
-        crash_time=int(time) if time.isascii() and time.isdecimal() else None,
+        crash_time=dump.vmcoreinfo.crash_time,
         panic=panic_line(log) or "",
         task=task,
         cpus=tuple(_cpus(dump, task, remarks)),

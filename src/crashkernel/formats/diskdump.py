@@ -40,7 +40,9 @@ DESCRIPTOR_SIZE = 24
 
 BLOCK_SIZES = (0x1000, 0x2000, 0x4000, 0x8000, 0x10000)
 
-_NAME_SIZE = 65  # __NEW_UTS_LEN + 1, include/uapi/linux/utsname.h
+NAME_SIZE = 64
+"""Bytes of a name in a utsname, without the NUL behind it (__NEW_UTS_LEN, include/uapi/linux/utsname.h)."""
+_NAME_SIZE = NAME_SIZE + 1
 UTSNAME_SIZE = 6 * _NAME_SIZE
 
 # struct disk_dump_header. The 6 bytes align struct timeval.

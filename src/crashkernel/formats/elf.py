@@ -229,6 +229,20 @@ def iter_notes(data: bytes | memoryview, byteorder: ByteOrder, source: str = "")
     :raise FormatError: when a note reaches beyond `data` (the kernel drops it there) or its name is not ASCII; the
         notes before it are yielded first. Offsets are from the start of `data`.
     """
+    for note, _ in _located_notes(data, byteorder, source):
+        yield note
+
+
+def notes_size(data: bytes | memoryview, byteorder: ByteOrder, source: str = "") -> int:
+    """How many bytes of `data` are notes: what follows them, up to the end of a note buffer, is none.
+
+    :raise FormatError: as `iter_notes`.
+    """
+    return max((end for _, end in _located_notes(data, byteorder, source)), default=0)
+
+
+def _located_notes(data: bytes | memoryview, byteorder: ByteOrder, source: str) -> Iterator[tuple[Note, int]]:
+    """Each note, and the offset behind it and its padding."""
     view = memoryview(data)
     header = struct.Struct(_order(byteorder) + _NOTE_HEADER)
     offset = 0
@@ -244,8 +258,8 @@ def iter_notes(data: bytes | memoryview, byteorder: ByteOrder, source: str = "")
         name = bytes(view[name_start : name_start + name_size]).rstrip(b"\0")
         if not name.isascii():
             raise FormatError(f"a note's name, {name!r}, is not ASCII", source=source, offset=name_start)
-        yield Note(name.decode("ascii"), kind, bytes(view[desc_start : desc_start + desc_size]))
         offset = desc_start + align_up(desc_size, _NOTE_ALIGNMENT)
+        yield Note(name.decode("ascii"), kind, bytes(view[desc_start : desc_start + desc_size])), offset
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 
 from crashkernel.errors import FormatError
 
+_TIME_DIGITS = 11
+"""Of a time in seconds: up to the year 5138, all that a calendar takes."""
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class VmcoreInfo(Mapping[str, str]):
@@ -65,6 +68,12 @@ class VmcoreInfo(Mapping[str, str]):
         if size <= 0 or size & (size - 1):
             raise FormatError(f"VMCOREINFO says PAGESIZE={size}, not a power of two", source=self.source)
         return size
+
+    @property
+    def crash_time(self) -> int | None:
+        """When the kernel crashed by its own clock (CRASHTIME), in seconds since 1970; None if it does not say, or nonsense."""
+        value = self.lines.get("CRASHTIME", "")
+        return int(value) if value.isascii() and value.isdigit() and len(value) <= _TIME_DIGITS else None
 
     def symbol(self, name: str) -> int:
         """Virtual address of a symbol (SYMBOL)."""

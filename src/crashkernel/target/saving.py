@@ -14,12 +14,13 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Pipe
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from crashkernel.errors import CrashkernelError, EnvironmentFault
+from crashkernel.errors import CrashkernelError, EnvironmentFault, UsageError
 from crashkernel.target.base import Heartbeat, Saved, Target, TargetFailed
 from crashkernel.target.manifest import Contents
 
@@ -160,11 +161,17 @@ class _Attempt:
             fault: Exception = self.target.failure or error
             self.target.abort()
             return ("failed", *_reason(fault))
-        except Exception as error:
+        except UsageError as error:  # no target can help
             self.target.abort()
-            if isinstance(error, CrashkernelError):
-                return ("error", type(error), error.args, error.__dict__)
-            return ("error", RuntimeError, (f"{type(error).__name__}: {error}",), {})
+            return ("error", type(error), error.args, error.__dict__)
+        except CrashkernelError as error:
+            self.target.abort()
+            return ("failed", error.message, error.hint)
+        except Exception as error:
+            if os.environ.get("CRASHKERNEL_DEBUG"):
+                traceback.print_exc()
+            self.target.abort()
+            return ("failed", f"a bug of ours: {type(error).__name__}: {error}", "report it; another target may do")
 
     # -- the parent
 

@@ -244,12 +244,6 @@ class _Texts:
         return self._data[offset : offset + size]
 
 
-def crash_time(kernel: CrashedKernel) -> int | None:
-    """Return when the kernel crashed by its own clock, in seconds since 1970, or None when VMCOREINFO does not say."""
-    value = kernel.info.get("CRASHTIME", "")
-    return int(value) if value.isascii() and value.isdigit() and len(value) < 20 else None
-
-
 _PREFIX = re.compile(r"^\[ *\d+\.\d{6}\] (?:\[ *[CT]\d+\] )?")
 _PANIC = re.compile(r"Kernel panic - not syncing: ?(.*)")
 # A panic that says no more than that something came before it: what the line before it begins with, or contains, says more.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from crashkernel.errors import FormatError
-from crashkernel.formats.diskdump import UTSNAME_SIZE, Utsname
+from crashkernel.errors import CrashkernelError
+from crashkernel.formats.diskdump import NAME_SIZE, UTSNAME_SIZE, Utsname
 from crashkernel.formats.elf import EM_PPC64, EM_X86_64
 from crashkernel.vmcore.kernel import CrashedKernel
 
@@ -32,19 +32,18 @@ class Identity:
         info, source = kernel.info, kernel.source
         phys_base = info.number("phys_base") if "NUMBER(phys_base)" in info else 0
         linear_base = _PPC64_LINEAR if source.machine == EM_PPC64 else source.linear_base
-        crash_time = info.get("CRASHTIME", "0")
-        return cls(_utsname(kernel), phys_base, linear_base, int(crash_time) if crash_time.isdecimal() else 0)
+        return cls(_utsname(kernel), phys_base, linear_base, info.crash_time or 0)
 
 
 def _utsname(kernel: CrashedKernel) -> Utsname:
     """The struct new_utsname of init_uts_ns, if it is that of this release."""
     info = kernel.info
     machine = _MACHINES[kernel.source.machine, kernel.source.byteorder]
-    known = Utsname(release=info.release, machine=machine)
+    known = Utsname(release=info.release[:NAME_SIZE], machine=machine)
     try:
         place = info.symbol("init_uts_ns") + info.offset("uts_namespace.name")
         found = Utsname.from_bytes(kernel.read(place, UTSNAME_SIZE))
-    except FormatError as error:
+    except CrashkernelError as error:
         kernel.doubt(f"the kernel's name cannot be read ({error}): the dump has its release only")
         return known
     if (found.release, found.machine) != (known.release, known.machine):

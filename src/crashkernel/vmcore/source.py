@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crashkernel.errors import EnvironmentFault, FormatError
-from crashkernel.formats.elf import EM_PPC64, EM_X86_64, ET_CORE, PT_NOTE, ByteOrder, ElfFile, Segment, iter_notes
+from crashkernel.formats.elf import EM_PPC64, EM_X86_64, ET_CORE, PT_NOTE, ByteOrder, ElfFile, Segment, iter_notes, notes_size
 from crashkernel.formats.vmcoreinfo import VmcoreInfo
-from crashkernel.memory import Range, RangeSet
+from crashkernel.memory import Range, RangeSet, align_up
 
 PAGE_SIZES = {EM_PPC64: (0x1000, 0x10000), EM_X86_64: (0x1000,)}
 """Bytes a page can have, by machine (ppc64: `arch/powerpc/Kconfig`, PPC_PAGE_SHIFT for Book3S)."""
@@ -183,8 +183,11 @@ class ElfVmcore:
             size += each.file_size
             if size > _NOTES_LIMIT:
                 raise FormatError(f"{size:#x} bytes of notes are no dump's", source=self.name, offset=each.file_offset)
-            parts.append(self._pread(each.file_offset, each.file_size))
-            for note in iter_notes(parts[-1], elf.byteorder, self.name):
+            data = self._pread(each.file_offset, each.file_size)
+            # what is left of its buffer is zeros, at which a reader of all notes together would stop
+            whole = notes_size(data, elf.byteorder, self.name)
+            parts.append(data[:whole].ljust(align_up(whole, 4), b"\0"))
+            for note in iter_notes(data, elf.byteorder, self.name):
                 if note.name == _VMCOREINFO and info is None:
                     info = VmcoreInfo.from_bytes(note.desc, self.name)
         if info is None:
