@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import zlib
 
 import numpy as np
 import pytest
@@ -92,6 +93,51 @@ def test_a_page_cut_short_is_told(codec):
     assert len(whole) < 0x1000
     with contextlib.suppress(FormatError):
         assert codec.decompress(whole[: len(whole) // 2], 0x1000) != page
+
+
+@pytest.mark.parametrize("codec", COMPRESSING, ids=lambda codec: codec.name)
+def test_every_flipped_bit_of_a_page_s_first_bytes_is_an_error_or_some_bytes(codec):
+    """zstd's and snappy's say how large the page is, and zstd's module makes room for that."""
+    batch = batch_of([page_of(2, 1, 0x1000)])
+    codec.compressor(batch)(np.arange(1))
+    data = stored(batch, 0)
+    for bit in range(8 * 18):  # zstd's longest frame header
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        with contextlib.suppress(FormatError):
+            assert len(codec.decompress(bytes(flipped), 0x1000)) <= 0x1001
+
+
+@pytest.mark.parametrize("size", [0, 0xFFF, 0x1001, 1 << 20])
+def test_a_zstd_frame_of_another_size_is_refused_before_there_is_room_for_it(size):
+    zstandard = pytest.importorskip("zstandard")
+    with pytest.raises(FormatError, match=f"by its header it has {size:,} bytes, not 4,096"):
+        codec_by_name("zstd").decompress(zstandard.ZstdCompressor().compress(bytes(size)), 0x1000)
+
+
+def test_a_zstd_frame_that_does_not_say_its_size():
+    zstandard = pytest.importorskip("zstandard")
+    data = zstandard.ZstdCompressor(write_content_size=False).compress(b"page" * 1024)
+    assert codec_by_name("zstd").decompress(data, 0x1000) == b"page" * 1024
+
+
+def test_memory_that_a_zstd_frame_asks_for_in_vain(monkeypatch):
+    zstandard = pytest.importorskip("zstandard")
+    data = zstandard.ZstdCompressor().compress(bytes(0x1000))
+
+    def none_left():
+        raise MemoryError
+
+    monkeypatch.setattr(zstandard, "ZstdDecompressor", none_left)
+    with pytest.raises(FormatError, match="zstd: it asks for more memory than there is"):
+        codec_by_name("zstd").decompress(data, 0x1000)
+
+
+@pytest.mark.parametrize("lost", [1, 4])
+def test_a_zlib_stream_without_its_checksum_is_cut_off(lost):
+    data = zlib.compress(b"page" * 1024)
+    with pytest.raises(FormatError, match="zlib: it is cut off before its end"):
+        codec_by_name("zlib").decompress(data[:-lost], 0x1000)
 
 
 def test_a_zstandard_without_a_call_for_many_pages_gives_the_same(monkeypatch):

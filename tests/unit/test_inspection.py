@@ -196,6 +196,31 @@ class TestVerify:
         path.write_bytes(data)
         assert verify(path).good
 
+    @pytest.mark.parametrize("codec", ["zlib", "lzo", "snappy", "zstd"])
+    def test_every_flipped_bit_of_a_page_s_frame_header_is_found(self, tmp_path, codec, capsys):
+        made = dump_of(codec=codec)
+        path = stored(tmp_path, made.to_bytes())
+        manifest_of(path, codec=codec, kept=len(made.pages))
+        data = path.read_bytes()
+        at = made.places[max(made.pages)]
+        for bit in range(8 * 8):
+            flipped = bytearray(data)
+            flipped[at + bit // 8] ^= 1 << bit % 8
+            path.write_bytes(flipped)
+            assert main(["verify", str(path)]) == 1, bit
+            assert main(["inspect", str(path)]) == 0  # of its pages it reads those of the log
+            out, err = capsys.readouterr()
+            assert ("BAD" in out, err) == (True, "")
+
+    def test_a_zlib_page_without_its_checksum_is_found(self, tmp_path):
+        made = dump_of()
+        data = bytearray(made.to_bytes())
+        last = made.places["descriptors"] + 24 * (len(made.pages) - 1) + 8
+        size = int.from_bytes(data[last : last + 4], "little")
+        data[last : last + 4] = (size - 4).to_bytes(4, "little")
+        found = verify(stored(tmp_path, bytes(data[:-4])))
+        assert found.problems.first == (f"page frame {max(made.pages):#x}: zlib: it is cut off before its end",)
+
     def test_every_length_is_found(self, tmp_path):
         path = self.good(tmp_path)
         data = path.read_bytes()

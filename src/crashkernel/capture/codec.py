@@ -275,7 +275,7 @@ def _zstd_decompress(data: bytes, page_size: int) -> bytes:
             raise FormatError(f"zstd: by its header it has {size:,} bytes, not {page_size:,}")
         return bytes(zstandard.ZstdDecompressor().decompress(data, max_output_size=page_size))
     except (zstandard.ZstdError, MemoryError) as error:
-        raise FormatError(f"zstd: {error or 'it asks for more memory than there is'}") from error
+        raise FormatError(f"zstd: {str(error) or 'it asks for more memory than there is'}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------- none
