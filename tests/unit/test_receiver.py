@@ -170,6 +170,19 @@ def test_by_https_from_whom_it_trusts(store, options, tmp_path):
     assert len(claims(store)) == 1
 
 
+def test_a_handshake_that_fails_leaves_nothing_open(store, tmp_path):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate(tmp_path))
+    with receiving(store, tls=context) as (receiver, _):
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(20):
+            raw(receiver, b"PUT / HTTP/1.1\r\n\r\n")  # sees the end of the connection, or times out
+        deadline = time.monotonic() + 5
+        while len(os.listdir("/proc/self/fd")) > before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(os.listdir("/proc/self/fd")) <= before
+
+
 def test_a_receiver_that_is_not_there_is_given_up(options):
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))

@@ -198,16 +198,26 @@ class _Handler(BaseHTTPRequestHandler):
         if receiver.tls:
             self.request = receiver.tls.wrap_socket(self.request, server_side=True, do_handshake_on_connect=False)
         self.server.note(self.request, here=True)
-        if isinstance(self.request, ssl.SSLSocket):
-            _shake_hands(self.request, receiver.idle)
-        super().setup()
+        try:
+            if isinstance(self.request, ssl.SSLSocket):
+                _shake_hands(self.request, receiver.idle)
+            super().setup()
+        except BaseException:  # nobody calls `finish` then
+            self._let_go()
+            raise
         self._timed = _Timed(self.connection, receiver.idle)
         self.rfile = io.BufferedReader(self._timed, 1 << 16)
 
     def finish(self) -> None:
-        """End it; what is wrapped for TLS is not the socket that the server closes."""
+        """End it."""
+        try:
+            super().finish()
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Forget the connection; what is wrapped for TLS is not the socket that the server closes."""
         self.server.note(self.request, here=False)
-        super().finish()
         if isinstance(self.request, ssl.SSLSocket):
             with contextlib.suppress(OSError):
                 self.request.close()
