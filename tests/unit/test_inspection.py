@@ -394,6 +394,16 @@ class TestCommands:
         main(["inspect", "--registers", str(path)])
         assert capsys.readouterr().out.count("gpr31") == 2
 
+    @pytest.mark.parametrize("time", ["9999999999999", "9" * 23, "-1", "1e9"])
+    def test_a_crash_time_that_is_none(self, tmp_path, capsys, time):
+        made = dump_of()
+        made.info["CRASHTIME"] = time
+        path = stored(tmp_path, made.to_bytes())
+        assert main(["inspect", str(path)]) == 0
+        out = capsys.readouterr().out
+        assert PANIC in out
+        assert "  crashed " not in out
+
     def test_inspect_prints_the_log(self, tmp_path, capsys):
         path = stored(tmp_path, dump_of().to_bytes())
         assert main(["inspect", "--dmesg", str(path)]) == 0
