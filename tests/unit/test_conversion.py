@@ -40,6 +40,11 @@ def contents(path) -> dict[int, bytes]:
     return found
 
 
+def inspected(path):
+    with open_dump(path) as dump:
+        return inspect(dump)
+
+
 class TestEveryForm:
     @every_machine
     @pytest.mark.parametrize("form", ["kdump", "flattened", "elf"])
@@ -159,16 +164,25 @@ class TestWholeOrNotAtAll:
             convert(tmp_path / "in", tmp_path / "out", form, None if form == "elf" else "zstd")
         self.nothing_but(tmp_path, "in")
 
-    @pytest.mark.parametrize("how", ["flag", "cut", "stream"])
-    def test_an_incomplete_dump(self, tmp_path, how):
-        data = dump_of(status=9 if how == "flag" else None).to_bytes()
+    @pytest.mark.parametrize("codec", [None, "zstd"])
+    @pytest.mark.parametrize("how", ["flag", "cut", "stream", "killed", "elf", "elf cut"])
+    def test_an_incomplete_dump(self, tmp_path, how, codec):
+        made = dump_of(status=9 if how == "flag" else None)
+        data = made.to_bytes()
         if how == "cut":
             data = data[:-1]
         if how == "stream":
             data = write_flattened([(0, data)])[:-16]
+        if how == "killed":  # all pages' data are there, but descriptors that were never written
+            end = made.places["descriptors"] + 24 * len(made.pages)
+            data = data[: end - 48] + bytes(48) + data[end:]
+        if how.startswith("elf"):
+            data = elf_of(flags=1) if how == "elf" else elf_of()[:-1]
         (tmp_path / "in").write_bytes(data)
+        assert inspected(tmp_path / "in").completeness != "whole"
+        assert not verify(tmp_path / "in").good
         with pytest.raises(VerificationError, match="is incomplete"):
-            convert(tmp_path / "in", tmp_path / "out", "kdump", "zstd")
+            convert(tmp_path / "in", tmp_path / "out", "flattened", codec)
         self.nothing_but(tmp_path, "in")
 
     @pytest.mark.parametrize("form", ["kdump", "flattened"])

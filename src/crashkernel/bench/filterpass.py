@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 
+from crashkernel.bench.pagecounts import FilterPass, PageCounts
 from crashkernel.capture.codec import codec_by_name
 from crashkernel.capture.crew import Crew
 from crashkernel.capture.pagefilter import PageFilter
@@ -18,15 +19,26 @@ from crashkernel.vmcore.source import ElfVmcore
 
 
 def main() -> None:
-    """Print how many pages the level keeps and how many it drops, and what the filter doubts."""
+    """Print how many pages the filter finds of each class, and what it doubts, as one line of JSON."""
     source = ElfVmcore(sys.argv[1])
-    selection = PageFilter(CrashedKernel(source), source, int(sys.argv[2]))
+    kernel = CrashedKernel(source)
+    selection = PageFilter(kernel, source, int(sys.argv[2]))
     with Crew(source, selection, codec_by_name("none"), int(sys.argv[3]), drop_zeros=False) as crew:
-        counts = sum((block.classes for block in crew.survey()), np.zeros(256, np.int64))
-    kept, absent = int(counts[PageClass.KEPT]), int(counts[PageClass.ABSENT])
-    print(kept, int(counts.sum()) - kept - absent)
-    for doubt in selection.findings.doubts():
-        print(doubt, file=sys.stderr)
+        while True:
+            counts = sum((block.classes for block in crew.survey()), np.zeros(256, np.int64))
+            if not selection.conclude(counts):
+                break
+            crew.renew()
+    found = PageCounts(
+        kept=int(counts[PageClass.KEPT]),
+        cache=int(counts[PageClass.CACHE]),
+        cache_private=int(counts[PageClass.CACHE_PRIVATE]),
+        user=int(counts[PageClass.USER]),
+        free=int(counts[PageClass.FREE]),
+        poisoned=int(counts[PageClass.POISONED]),
+        offline=int(counts[PageClass.OFFLINE]),
+    )
+    print(FilterPass(found, (*kernel.doubts, *selection.findings.doubts())).to_json())
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ dump level, a sum of what to leave out:
 targets:
   DIRECTORY, FILE               on a mounted file system
   /dev/NAME                     a block device, which is overwritten (crashkernel inspect /dev/NAME reads it)
-  ssh://[USER@]HOST[:PORT]/DIR  by ssh; the other end needs a shell and sha256sum
+  ssh://[USER@]HOST[:PORT]/DIR  by ssh; the other end needs a POSIX shell and coreutils
   http[s]://HOST[:PORT]/PREFIX  to `crashkernel receive`
   -                             standard output
 

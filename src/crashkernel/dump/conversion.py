@@ -19,7 +19,7 @@ from crashkernel.capture.codec import CODECS, Codec, codec_by_name, codec_for_fl
 from crashkernel.capture.crew import Crew
 from crashkernel.capture.selection import DL_ZERO
 from crashkernel.capture.writer import write_dump
-from crashkernel.dump.dumpfile import Dump, KdumpFile, cut_off, open_dump, stored_pages
+from crashkernel.dump.dumpfile import Dump, KdumpFile, count_pages, how_whole, open_dump, stored_pages
 from crashkernel.dump.inspection import Counter, Tell, check_digest, find_manifest
 from crashkernel.dump.structure import FaultList
 from crashkernel.errors import EnvironmentFault, FormatError, UsageError, VerificationError
@@ -146,12 +146,11 @@ def _checked_manifest(path: Path, tell: Tell) -> Manifest | None:
 
 
 def _refuse_partial(dump: Dump) -> None:
-    partial = bool(cut_off(dump))
-    if isinstance(dump, KdumpFile):
-        partial |= dump.incomplete or dump.data.size < dump.statistics().data_end
-    if partial:
+    whole = how_whole(dump, count_pages(dump))
+    if whole.completeness != "whole":
         raise VerificationError(
-            f"{dump.name} is incomplete: what is made of it would look like a whole dump", hint="crashkernel inspect reads it"
+            f"{dump.name} is incomplete ({whole.reasons[0]}): what is made of it would look like a whole dump",
+            hint="crashkernel inspect reads it",
         )
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,7 @@ _NOTES_LIMIT = 1 << 26  # bytes, as in source.py
 _PADDR_LIMIT = 1 << 56  # likewise
 _PPC64_LINEAR_BASE = 0xC000_0000_0000_0000  # PAGE_OFFSET, arch/powerpc/include/asm/page.h
 _E_FLAGS = 48  # offset of e_flags in Elf64_Ehdr
+_ELF_INCOMPLETE = 1  # DUMP_ELF_INCOMPLETE, makedumpfile.h
 _HEAD_LIMIT = 1 << 22  # bytes: 65535 program headers are 3.5 MiB
 _BATCH_BYTES = 1 << 20  # of pages that are read at once
 _DATA_GAP = 1 << 16  # bytes between two pages' data that are read, and dropped, rather than asked for apart
@@ -629,8 +630,53 @@ def cut_off(dump: Dump) -> str:
     return ""
 
 
-def elf_flags(vmcore: ElfVmcore) -> int:
-    """The e_flags of a vmcore. makedumpfile sets the lowest bit of a dump that it could not complete (DUMP_ELF_INCOMPLETE)."""
+Completeness = Literal["whole", "incomplete", "truncated"]
+
+
+@dataclass(frozen=True, slots=True)
+class Wholeness:
+    """How whole a dump is: incomplete if its writer said so; in `reasons` why, in words."""
+
+    completeness: Completeness
+    reasons: tuple[str, ...]
+
+
+def how_whole(dump: Dump, pages: PageStatistics) -> Wholeness:
+    """Whether a dump has all that its headers, bitmaps and descriptors promise, given what was counted of these."""
+    reasons = list(admitted(dump))
+    said = _says_incomplete(dump)
+    if isinstance(dump, KdumpFile):
+        if pages.data_end > dump.data.size:
+            reasons.append(f"the file ends at {dump.data.size:,}; its pages' data go on to {pages.data_end:,}")
+        elif pages.missing and not said:
+            reasons.append(f"{pages.missing:,} pages are in the dump by its bitmap alone")
+    if not reasons:
+        return Wholeness("whole", ())
+    return Wholeness("incomplete" if said else "truncated", tuple(reasons))
+
+
+def admitted(dump: Dump) -> tuple[str, ...]:
+    """Why a dump is not whole, as far as that shows without a look at its pages' descriptors."""
+    said = "its writer ran out of space: it says of itself that it is incomplete" if _says_incomplete(dump) else ""
+    return tuple(text for text in (cut_off(dump), said) if text)
+
+
+def count_pages(dump: Dump, tell: Callable[[int], None] = lambda _: None) -> PageStatistics:
+    """Count a dump's pages; `tell` is called with the number of page descriptors gone over."""
+    if isinstance(dump, KdumpFile):
+        return dump.statistics(tell)
+    spans = [(each.paddr // dump.page_size, -(-each.end // dump.page_size), each) for each in dump.segments]
+    memory = sum(last - first for first, last, _ in spans)
+    kept = sum(last - first for first, last, each in spans if each.file_offset is not None)
+    end = max(((each.file_offset or 0) + each.size for each in dump.segments if each.file_offset is not None), default=0)
+    missing = dump.lost // dump.page_size if isinstance(dump, ElfWithin) else 0
+    return PageStatistics(memory + missing, kept + missing, 0, missing, {"none": kept}, end)
+
+
+def _says_incomplete(dump: Dump) -> bool:
+    """Whether its writer said that it did not come to its end: of an ELF dump makedumpfile, in e_flags (DUMP_ELF_INCOMPLETE)."""
+    if isinstance(dump, KdumpFile):
+        return dump.incomplete
     raw = bytearray(4)
-    vmcore._fill(_E_FLAGS, memoryview(raw))
-    return int.from_bytes(raw, vmcore.byteorder)
+    dump._fill(_E_FLAGS, memoryview(raw))
+    return bool(int.from_bytes(raw, dump.byteorder) & _ELF_INCOMPLETE)

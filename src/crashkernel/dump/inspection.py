@@ -12,16 +12,16 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from crashkernel.dump.dumpfile import (
+    Completeness,
     Dump,
-    ElfWithin,
     KdumpFile,
     PageStatistics,
-    cut_off,
-    elf_flags,
+    count_pages,
     file_size,
+    how_whole,
     is_flattened,
     open_dump,
 )
@@ -34,7 +34,6 @@ from crashkernel.vmcore.dmesg import panic_line, read_log
 from crashkernel.vmcore.identity import Identity
 from crashkernel.vmcore.kernel import CrashedKernel
 
-Completeness = Literal["whole", "incomplete", "truncated"]
 Tell = Callable[[str, int, int], None]
 """How far something is: what, how many of how many."""
 
@@ -47,7 +46,6 @@ _PRSTATUS_PID, _PRSTATUS_REGISTERS = 32, 112  # struct elf_prstatus, the same on
 
 # "CPU: 1 PID: 7 Comm: sh Kdump: loaded Not tainted 6.1.0", and since 6.12 "CPU: 1 UID: 0 PID: 7 Comm: ..."
 _TASK = re.compile(r"\bCPU: (\d+) (?:UID: \d+ )?PID: (\d+) Comm: (.{1,15}?) (?:Kdump: |Not tainted|Tainted)")
-_ELF_INCOMPLETE = 1  # DUMP_ELF_INCOMPLETE, makedumpfile.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +133,12 @@ def inspect(dump: Dump, manifest: Manifest | None = None, tell: Tell = lambda *_
             remarks += kernel.doubts
     except FormatError as error:
         remarks.append(f"its log cannot be read: {error}")
-    pages = _statistics(dump, tell)
+    total = dump.pages if isinstance(dump, KdumpFile) else 0
+    pages = count_pages(dump, lambda done: tell("page descriptors", done, total))
     task = crashed_task(log)
-    completeness = _completeness(dump, pages, remarks)
+    whole = how_whole(dump, pages)
+    completeness = whole.completeness
+    remarks += whole.reasons
     if manifest is not None and manifest.size != file_size(dump):
         remarks.append(f"its manifest says that it has {manifest.size:,} bytes")
         completeness = "truncated" if manifest.size > file_size(dump) else completeness
@@ -208,32 +209,6 @@ def _registers(dump: Dump, desc: bytes) -> tuple[int, Mapping[str, int]]:
     values = struct.unpack_from(f"<{len(X86_64_REGISTERS)}Q", desc, _PRSTATUS_REGISTERS)
     (pid,) = struct.unpack_from("<i", desc, _PRSTATUS_PID)
     return pid, dict(zip(X86_64_REGISTERS, values, strict=True))
-
-
-def _statistics(dump: Dump, tell: Tell) -> PageStatistics:
-    if isinstance(dump, KdumpFile):
-        return dump.statistics(lambda done: tell("page descriptors", done, dump.pages))
-    spans = [(each.paddr // dump.page_size, -(-each.end // dump.page_size), each) for each in dump.segments]
-    memory = sum(last - first for first, last, _ in spans)
-    kept = sum(last - first for first, last, each in spans if each.file_offset is not None)
-    end = max(((each.file_offset or 0) + each.size for each in dump.segments if each.file_offset is not None), default=0)
-    missing = dump.lost // dump.page_size if isinstance(dump, ElfWithin) else 0
-    return PageStatistics(memory + missing, kept + missing, 0, missing, {"none": kept}, end)
-
-
-def _completeness(dump: Dump, pages: PageStatistics, remarks: list[str]) -> Completeness:
-    if text := cut_off(dump):
-        remarks.append(text)
-        return "incomplete" if not isinstance(dump, KdumpFile) and elf_flags(dump) & _ELF_INCOMPLETE else "truncated"
-    if isinstance(dump, KdumpFile):
-        if pages.data_end > dump.data.size:
-            remarks.append(f"the file ends at {dump.data.size:,}; its pages' data go on to {pages.data_end:,}")
-            return "truncated"
-        if pages.missing and not dump.incomplete:
-            remarks.append(f"{pages.missing:,} pages are in the dump by its bitmap alone")
-            return "truncated"
-        return "incomplete" if dump.incomplete else "whole"
-    return "incomplete" if elf_flags(dump) & _ELF_INCOMPLETE else "whole"
 
 
 # -------------------------------------------------------------------------------------------------------------- verify
@@ -377,12 +352,10 @@ def _check_contents(dump: Dump, manifest: Manifest | None, faults: FaultList, te
         pages = dump.pages
         check = f"{pages:,} pages: each descriptor, and that each can be had"
     else:
-        counted = _statistics(dump, tell)
+        counted = count_pages(dump)
         pages = counted.kept - counted.missing
-        if text := cut_off(dump):
+        for text in how_whole(dump, counted).reasons:
             faults.add(text)
-        if elf_flags(dump) & _ELF_INCOMPLETE:
-            faults.add("its writer ran out of space: it says of itself that it is incomplete")
         check = f"headers, notes and that {pages:,} pages are in the file; plain ELF has nothing to check a page by"
     if manifest is not None:
         contents = manifest.contents

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from crashkernel.capture.selection import MAX_DUMP_LEVEL
 from crashkernel.dump.bitmap import PIECE, Pfns
-from crashkernel.dump.dumpfile import DamagedPage, KdumpFile, cut_off
+from crashkernel.dump.dumpfile import DamagedPage, KdumpFile, admitted
 from crashkernel.errors import EnvironmentFault
 from crashkernel.formats import diskdump
 
@@ -135,10 +135,8 @@ def _bad_pages_of_ours(pfns: Pfns, rows: NDArray[np.void]) -> list[str]:
 
 def _check_headers(dump: KdumpFile, faults: FaultList) -> None:
     header, sub = dump.header, dump.sub_header
-    if lacks := cut_off(dump):
-        faults.add(lacks)
-    if dump.incomplete:
-        faults.add("its writer ran out of space: it says of itself that it is incomplete")
+    for text in admitted(dump):
+        faults.add(text)
     if header.status & ~(diskdump.COMPRESSED | diskdump.INCOMPLETE | diskdump.EXCLUDED_VMEMMAP):
         faults.add(f"its status, {header.status:#x}, has flags that nobody sets")
     if not 0 <= sub.level <= MAX_DUMP_LEVEL:

@@ -1,23 +1,118 @@
 """A dump that arrives as a stream, put where it belongs: a flattened one becomes the file it is about, another stays as it is.
 
-Nothing is kept in memory, and whoever puts pieces can be interrupted between two of them and go on in another process: putting
+No data is kept in memory, and whoever puts pieces can be interrupted between two of them and go on in another process: putting
 a piece again does no harm.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
-from collections.abc import Mapping
+import struct
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from crashkernel.errors import FormatError
 from crashkernel.formats.fields import count, mapping
 from crashkernel.formats.flattened import SIGNATURE, Decoder
-from crashkernel.target.manifest import Contents
+from crashkernel.target.manifest import Contents, piece_digest
 
 _ELF = b"\x7fELF"
+_EXTENT = struct.Struct(">QQ32s")
+_LONGEST_EXTENT = 64 << 20
+"""Bytes under one digest at the most: a TiB's take less than 1 MiB of memory."""
+_ZEROS = bytes(1 << 20)
+
+
+class Extents:
+    """What was put where: (file offset, size, sha256) of what lies in one go, in the order in which it was put.
+
+    A flattened stream's digest is of the stream, which is not what is stored. These are taken from the same memory that the
+    stream's digest was taken of, and what is stored must give them again: a disk that lost some is found out, and not signed.
+    """
+
+    def __init__(self, packed: bytes = b"") -> None:
+        """Go on where another stood that was `packed`.
+
+        :raise FormatError: it is none.
+        """
+        if len(packed) % _EXTENT.size:
+            raise FormatError("no extents of a dump: they are cut off")
+        self._packed = bytearray(packed)
+        self._start = self._end = 0
+        self._hash = hashlib.sha256()
+
+    def __len__(self) -> int:
+        return len(self._packed) // _EXTENT.size + (self._end > self._start)
+
+    def note(self, file_offset: int, data: memoryview) -> None:
+        """These bytes are put there."""
+        if file_offset != self._end or self._end - self._start >= _LONGEST_EXTENT:
+            self._close()
+            self._start = self._end = file_offset
+        self._hash.update(data)
+        self._end += len(data)
+
+    def packed(self) -> bytes:
+        """All of them, as bytes."""
+        self._close()
+        return bytes(self._packed)
+
+    def first_lost(self, descriptor: int, *, start: int = 0, progress: Callable[[], None] = lambda: None) -> int | None:
+        """The file offset of an extent that an open file does not give back; None if it gives back all.
+
+        Of two for the same bytes the later one counts; of an earlier one that a later one overlaps in part, the rest is not
+        compared (no writer of dumps does that: it overwrites what it wrote as a whole, if at all).
+
+        :raise OSError: it cannot be read.
+        """
+        covered = _Covered()
+        for file_offset, size, digest in self._backwards():
+            if covered.add(file_offset, file_offset + size):
+                if os.fstat(descriptor).st_size < start + file_offset + size and _is_regular(descriptor):
+                    return file_offset
+                if piece_digest(descriptor, start + file_offset, size) != digest:
+                    return file_offset
+                progress()
+        return None
+
+    def holes(self, size: int) -> list[tuple[int, int]]:
+        """The ranges of file offsets below `size` where nothing was put: they are to be zeros."""
+        covered = _Covered()
+        for file_offset, extent_size, _ in self._backwards():
+            covered.add(file_offset, file_offset + extent_size)
+        edges = [0, *(edge for pair in zip(covered.starts, covered.ends, strict=True) for edge in pair), size]
+        return [(edges[at], edges[at + 1]) for at in range(0, len(edges), 2) if edges[at] < edges[at + 1]]
+
+    def _backwards(self) -> list[tuple[int, int, bytes]]:
+        self._close()
+        return list(_EXTENT.iter_unpack(self._packed))[::-1]
+
+    def _close(self) -> None:
+        if self._end > self._start:
+            self._packed += _EXTENT.pack(self._start, self._end - self._start, self._hash.digest())
+            self._hash = hashlib.sha256()
+        self._start = self._end
+
+
+class _Covered:
+    """Ranges that do not touch, in order."""
+
+    def __init__(self) -> None:
+        self.starts: list[int] = []
+        self.ends: list[int] = []
+
+    def add(self, start: int, end: int) -> bool:
+        """Add a range; whether none of it was there."""
+        first, last = bisect_left(self.ends, start), bisect_right(self.starts, end)
+        new = all(self.ends[at] == start or self.starts[at] == end for at in range(first, last))
+        if first < last:
+            start, end = min(start, self.starts[first]), max(end, self.ends[last - 1])
+        self.starts[first:last], self.ends[first:last] = [start], [end]
+        return new
 
 
 class Unpacker:
