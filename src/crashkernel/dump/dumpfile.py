@@ -674,7 +674,7 @@ def count_pages(dump: Dump, tell: Callable[[int], None] = lambda _: None) -> Pag
 
 
 def _says_incomplete(dump: Dump) -> bool:
-    """Whether its writer said that it did not come to its end: of an ELF dump makedumpfile, in e_flags (DUMP_ELF_INCOMPLETE)."""
+    """Whether its writer said that it did not come to its end; of an ELF dump that is makedumpfile, in e_flags."""
     if isinstance(dump, KdumpFile):
         return dump.incomplete
     raw = bytearray(4)

@@ -135,8 +135,8 @@ def _bad_pages_of_ours(pfns: Pfns, rows: NDArray[np.void]) -> list[str]:
 
 def _check_headers(dump: KdumpFile, faults: FaultList) -> None:
     header, sub = dump.header, dump.sub_header
-    for text in admitted(dump):
-        faults.add(text)
+    for lack in admitted(dump):
+        faults.add(lack)
     if header.status & ~(diskdump.COMPRESSED | diskdump.INCOMPLETE | diskdump.EXCLUDED_VMEMMAP):
         faults.add(f"its status, {header.status:#x}, has flags that nobody sets")
     if not 0 <= sub.level <= MAX_DUMP_LEVEL:
