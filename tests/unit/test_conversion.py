@@ -269,6 +269,17 @@ class TestRequests:
         with pytest.raises(EnvironmentFault, match="no library for lzo"):
             convert(tmp_path / "in", tmp_path / "out", "kdump", "lzo")
 
+    @pytest.mark.parametrize("codec", [None, "lzo"])
+    def test_what_only_moves_needs_no_codec(self, tmp_path, monkeypatch, codec):
+        data = dump_of(codec="lzo").to_bytes()
+        (tmp_path / "in").write_bytes(data)
+        monkeypatch.setattr(conversion, "missing", lambda codec: f"no library for {codec.name}")
+        convert(tmp_path / "in", tmp_path / "flat", "flattened", codec)
+        convert(tmp_path / "flat", tmp_path / "out", "kdump", codec)
+        assert (tmp_path / "out").read_bytes() == data
+        with pytest.raises(EnvironmentFault, match="no library for lzo"):
+            convert(tmp_path / "in", tmp_path / "elf", "elf")
+
 
 class TestStandardStreams:
     @pytest.mark.parametrize(("form", "codec"), [("kdump", None), ("kdump", "zstd"), ("elf", None), ("flattened", "lzo")])

@@ -88,10 +88,12 @@ def convert(
         dump = open_dump(path)
         stack.callback(dump.close)
         _refuse_partial(dump)
-        chosen = _codec(dump, form, codec)
+        own = _codec_of(dump)
+        moved = form != "elf" and isinstance(dump, KdumpFile) and codec in (None, own.name)
+        chosen = own if moved else _codec(dump, form, codec)
 
         def write(descriptor: int) -> None:
-            if isinstance(dump, KdumpFile) and form != "elf" and chosen == _codec_of(dump):
+            if isinstance(dump, KdumpFile) and moved:
                 _move(dump, descriptor, form, tell)
             else:
                 _rewrite(dump, descriptor, form, chosen, tell)
@@ -106,7 +108,7 @@ def convert(
 
 
 def _codec(dump: Dump, form: Form, name: str | None) -> Codec:
-    """The codec to write with.
+    """The codec to write pages anew with.
 
     :raise EnvironmentFault: its library is not here, or that of the dump's own.
     """
@@ -115,12 +117,10 @@ def _codec(dump: Dump, form: Form, name: str | None) -> Codec:
         raise EnvironmentFault(why)
     if form == "elf":
         return codec_by_name("none")
-    if name is None and isinstance(dump, KdumpFile):
-        return own
     if name is None:
         return next(codec for codec in CODECS if not missing(codec))
     codec = codec_by_name(name)
-    if codec != own and (why := missing(codec)):
+    if why := missing(codec):
         raise EnvironmentFault(why)
     return codec
 
