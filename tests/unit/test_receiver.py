@@ -17,6 +17,7 @@ import pytest
 
 from crashkernel.cli import main
 from crashkernel.errors import EnvironmentFault, UsageError
+from crashkernel.formats.flattened import END, record_header
 from crashkernel.target import LOG, NoTargetLeft, TargetOptions, parse_target, save
 from crashkernel.target.manifest import PIECE_SIZE, Digest, Manifest, PieceHasher, manifest_name
 from crashkernel.target.receiver import Receiver
@@ -170,17 +171,21 @@ def test_by_https_from_whom_it_trusts(store, options, tmp_path):
     assert len(claims(store)) == 1
 
 
+def descriptors() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
 def test_a_handshake_that_fails_leaves_nothing_open(store, tmp_path):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate(tmp_path))
     with receiving(store, tls=context) as (receiver, _):
-        before = len(os.listdir("/proc/self/fd"))
+        before = descriptors()
         for _ in range(20):
             raw(receiver, b"PUT / HTTP/1.1\r\n\r\n")  # sees the end of the connection, or times out
         deadline = time.monotonic() + 5
-        while len(os.listdir("/proc/self/fd")) > before and time.monotonic() < deadline:
+        while descriptors() > before and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert len(os.listdir("/proc/self/fd")) <= before
+        assert descriptors() <= before
 
 
 def test_a_receiver_that_is_not_there_is_given_up(options):
@@ -354,6 +359,67 @@ def test_what_does_not_match_its_manifest_gets_no_name(store, changes, status):
         assert lines[0].startswith("127.0.0.1: 422: ")
         assert sender.finish(SHORT)[0] == 201  # nothing is lost by it
     assert is_whole(store / CRASH / "vmcore", dump_bytes(200_000))
+
+
+def lose_the_end(path: Path) -> None:
+    os.truncate(path, 5_000)
+
+
+def lose_a_byte(path: Path) -> None:
+    with path.open("r+b") as file:
+        os.pwrite(file.fileno(), b"\0\0\0\0", 70_000)
+
+
+def fill_a_hole(path: Path) -> None:
+    with path.open("r+b") as file:
+        os.pwrite(file.fileno(), b"x", 150_000)
+
+
+@pytest.mark.parametrize("damage", [lose_the_end, lose_a_byte, fill_a_hole])
+@pytest.mark.parametrize("restarted", [False, True])
+def test_what_the_disk_does_not_give_back_is_not_signed(store, damage, restarted):
+    stream = bytearray(flattened(dump_bytes(150_000))[: -len(END)])
+    stream += record_header(150_100, 50_000) + dump_bytes(50_000) + END
+    dump = dump_bytes(150_000) + bytes(100) + dump_bytes(50_000)
+    with contextlib.ExitStack() as stack:
+        receiver, _ = stack.enter_context(receiving(store))
+        sender = Sender(receiver)
+        sender.begin()
+        sender.pieces(bytes(stream))
+        if restarted:
+            stack.close()
+            receiver, _ = stack.enter_context(receiving(store))
+            sender = Sender(receiver)
+        scratch = store / CRASH / "vmcore.incomplete"
+        damage(scratch)
+        assert sender.finish(stream)[0] == 500
+        assert not claims(store)
+        scratch.write_bytes(dump)
+        assert sender.finish(stream)[0] == 201
+    assert is_whole(store / CRASH / "vmcore", dump)
+
+
+def test_of_two_records_for_the_same_bytes_the_later_counts(store):
+    stream = flattened(dump_bytes(150_000))[: -len(END)] + record_header(0, 4) + b"KDMP" + END
+    with receiving(store) as (receiver, _):
+        sender = Sender(receiver)
+        sender.begin()
+        sender.pieces(stream)
+        assert sender.finish(stream)[0] == 201
+    assert is_whole(store / CRASH / "vmcore", b"KDMP" + dump_bytes(150_000)[4:])
+
+
+def test_a_name_from_before_is_taken_for_the_bytes_that_it_was_given_for(store):
+    with receiving(store) as (receiver, _):
+        sender = Sender(receiver)
+        sender.begin()
+        sender.pieces(SHORT)
+        journal = (store / JOURNALS / ID).read_bytes()
+        sender.finish(SHORT)
+    (store / JOURNALS / ID).write_bytes(journal)  # as if it had been killed before the last line
+    lose_a_byte(store / CRASH / "vmcore")
+    with receiving(store) as (receiver, _):
+        assert Sender(receiver).finish(SHORT)[0] == 500
 
 
 def test_a_stream_without_its_end_gets_no_name(store):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from crashkernel.errors import EnvironmentFault, FormatError, UsageError
+from crashkernel.formats.flattened import END, HEADER, record_header
 from crashkernel.target import (
     LOG,
     Heartbeat,
@@ -23,6 +24,7 @@ from crashkernel.target import (
 from crashkernel.target import manifest as manifest_module
 from crashkernel.target.device import DeviceHead, DeviceTarget, open_device_dump, read_device_head
 from crashkernel.target.encryption import Encryption
+from crashkernel.target.local import FileTarget
 from crashkernel.target.manifest import PIECE_SIZE, Digest, Manifest, digest_file, manifest_name
 from crashkernel.target.stream import StdoutTarget
 from support.dumps import claims, contents, dump_bytes, flattened, is_whole, writer
@@ -279,9 +281,19 @@ def test_what_is_wrong_with_the_dump_itself_stops_everything(tmp_path):
     assert names(tmp_path) == {"first.incomplete"}
 
 
-def test_a_bug_is_a_bug(tmp_path):
-    with pytest.raises(RuntimeError, match="ZeroDivisionError: oops"):
-        save(raising(ZeroDivisionError("oops")), [parse_target(str(tmp_path / "first"))], CRASH)
+def test_a_bug_in_one_targets_code_leaves_the_next(tmp_path):
+    class Buggy(FileTarget):
+        def open(self):
+            raise ZeroDivisionError("oops")
+
+    lines = []
+    targets = [Buggy(str(tmp_path / "first")), parse_target(str(tmp_path / "second"))]
+    save(writer(SIZE), targets, CRASH, report=lines.append)
+    assert len(lines) == 1
+    assert "a bug of ours: ZeroDivisionError: oops" in lines[0]
+    assert is_whole(tmp_path / "second", dump_bytes(SIZE))
+    with pytest.raises(NoTargetLeft, match="a bug of ours: ZeroDivisionError: oops"):
+        save(raising(ZeroDivisionError("oops")), [parse_target(str(tmp_path / "third"))], CRASH)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -423,6 +435,36 @@ def test_a_device_that_failed_has_the_log_and_claims_nothing(tmp_path):
     assert read_device_head(path) == DeviceHead(None, b"new")
     with pytest.raises(FormatError, match="incomplete"):
         open_device_dump(path)
+
+
+def test_a_device_that_does_not_give_back_a_stream_claims_nothing(tmp_path):
+    path = device(tmp_path)
+
+    def damage(number):
+        if number == 3:  # what came before is in the relay's hands
+            deadline = time.monotonic() + 5
+            while not path.read_bytes()[(1 << 20) + 65536 :][:1].strip(b"\0") and time.monotonic() < deadline:
+                time.sleep(0.01)
+            with path.open("r+b") as file:
+                os.pwrite(file.fileno(), bytes(16), (1 << 20) + 65536)
+
+    with pytest.raises(NoTargetLeft, match="does not give back"):
+        save(writer(SIZE, before=damage), [DeviceTarget(str(path))], CRASH, files=FILES)
+    assert read_device_head(path).manifest is None
+
+
+def test_what_a_dump_is_silent_about_is_zeros_on_a_used_device(tmp_path):
+    path = device(tmp_path)
+    save(writer(SIZE), [DeviceTarget(str(path))], CRASH)
+
+    def write(descriptor, beat):
+        stream = HEADER + record_header(0, 4) + b"KDMP" + record_header(5000, 4) + b"page" + END
+        os.write(descriptor, stream)
+        return contents("flattened")
+
+    save(write, [DeviceTarget(str(path))], CRASH)
+    file_offset, size, _ = open_device_dump(path)
+    assert path.read_bytes()[file_offset : file_offset + size] == b"KDMP" + bytes(4996) + b"page"
 
 
 def test_of_a_long_log_the_end_is_kept(tmp_path):

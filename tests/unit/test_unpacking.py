@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 from itertools import pairwise
 
 import pytest
@@ -7,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crashkernel.errors import FormatError
-from crashkernel.target.unpacking import Unpacker
+from crashkernel.formats.flattened import END, HEADER, record_header
+from crashkernel.target.unpacking import Extents, Unpacker
 from support.dumps import contents, dump_bytes, flattened
 
 DATA = dump_bytes(200_000)
@@ -42,6 +44,55 @@ def test_a_cut_stream_is_noticed(tmp_path, size):
         unpacker.put(STREAM[:size])
         with pytest.raises(FormatError, match="cut off"):
             unpacker.finish()
+
+
+def put(tmp_path, *records: tuple[int, bytes]) -> Extents:
+    extents = Extents()
+    with (tmp_path / "dump").open("w+b") as file:
+        unpacker = Unpacker(file.fileno(), extents=extents)
+        unpacker.put(HEADER + b"".join(record_header(at, len(data)) + data for at, data in records) + END)
+        unpacker.finish()
+    return extents
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 300), st.binary(min_size=1, max_size=100)), min_size=1, max_size=12),
+    st.integers(0, 400),
+)
+def test_extents_tell_what_a_file_lost(tmp_path_factory, records, at):
+    tmp_path = tmp_path_factory.mktemp("extents")
+    extents = Extents(put(tmp_path, *records).packed())
+    owner = {}
+    for number, (start, data) in enumerate(records):
+        owner |= dict.fromkeys(range(start, start + len(data)), number)
+    size = max(owner) + 1
+    assert {byte for hole in extents.holes(size) for byte in range(*hole)} == set(range(size)) - set(owner)
+    with (tmp_path / "dump").open("r+b") as file:
+        assert extents.first_lost(file.fileno()) is None
+        before = os.pread(file.fileno(), 1, at)
+        last = len(records) - 1
+        if owner.get(at) == last:
+            os.pwrite(file.fileno(), bytes([before[0] ^ 1]), at)
+            assert extents.first_lost(file.fileno()) is not None
+            os.pwrite(file.fileno(), before, at)
+            os.ftruncate(file.fileno(), at)
+            assert extents.first_lost(file.fileno()) is not None
+
+
+def test_extents_are_few_where_bytes_follow_each_other(tmp_path):
+    assert len(put(tmp_path, *((at, b"x" * 10) for at in range(0, 1000, 10)))) == 1
+    assert len(put(tmp_path, (100, b"x"), (0, b"x" * 100), (101, b"x"))) == 3
+
+
+def test_no_extents():
+    with pytest.raises(FormatError, match="cut off"):
+        Extents(b"x")
+
+
+def test_a_stream_about_nothing_is_none(tmp_path):
+    put(tmp_path, (1 << 20, b"x"))
+    with pytest.raises(FormatError, match="about a file of"):
+        put(tmp_path, (1 << 30, b"x"))
 
 
 def test_a_limit_is_one_for_offsets_too(tmp_path):

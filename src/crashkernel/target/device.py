@@ -30,7 +30,7 @@ from crashkernel.target.base import DUMP, SLOWEST, Heartbeat, Saved, TargetFaile
 from crashkernel.target.encryption import Encryption
 from crashkernel.target.manifest import Manifest, digest_file
 from crashkernel.target.stream import StreamTarget
-from crashkernel.target.unpacking import Unpacker
+from crashkernel.target.unpacking import Extents, Unpacker
 
 DUMP_OFFSET = 1 << 20
 """Where the dump begins, in bytes."""
@@ -141,6 +141,7 @@ class DeviceTarget(StreamTarget):
         self._path = Path(path)
         self._descriptor: int | None = None
         self._log = b""
+        self._extents = Extents()
         self._unpacker: Unpacker | None = None
 
     def warnings(self, expected_size: int | None) -> list[str]:
@@ -194,7 +195,7 @@ class DeviceTarget(StreamTarget):
     def _start(self) -> None:
         assert self._descriptor is not None
         room = os.lseek(self._descriptor, 0, os.SEEK_END) - DUMP_OFFSET
-        self._unpacker = Unpacker(self._descriptor, start=DUMP_OFFSET)
+        self._unpacker = Unpacker(self._descriptor, start=DUMP_OFFSET, extents=self._extents)
         if room <= 0:
             raise TargetFailed(self.name, "it is smaller than 1 MiB")
 
@@ -207,14 +208,21 @@ class DeviceTarget(StreamTarget):
         assert self._unpacker is not None
         self._unpacker.finish()
         size = self._unpacker.size
+        if self._unpacker.flattened:
+            for start, end in self._extents.holes(size):  # of an earlier dump's bytes
+                os.pwrite(self._descriptor, bytes(end - start), DUMP_OFFSET + start)
         self._alive.beat(allow=size / SLOWEST)
         os.fsync(self._descriptor)
+        self._alive.beat()
+        lost = TargetFailed(self.name, "it does not give back what was written to it")
+        if self._extents.first_lost(self._descriptor, start=DUMP_OFFSET, progress=self._alive.beat) is not None:
+            raise lost
         digest = digest_file(self._descriptor, size, start=DUMP_OFFSET, progress=self._alive.beat)
         if self._unpacker.flattened:
             contents = self._unpacker.contents(manifest.contents)
             manifest = replace(manifest, file=DUMP, size=size, digest=digest, contents=contents)
         elif digest != manifest.digest:
-            raise TargetFailed(self.name, "it does not give back what was written to it")
+            raise lost
         self._write_head(manifest)
         self._stop()
         return Saved(str(self._path), manifest)

@@ -24,7 +24,9 @@ _ELF = b"\x7fELF"
 _EXTENT = struct.Struct(">QQ32s")
 _LONGEST_EXTENT = 64 << 20
 """Bytes under one digest at the most: a TiB's take less than 1 MiB of memory."""
-_ZEROS = bytes(1 << 20)
+_MOST_HOLES = 16 << 20
+"""Bytes of a dump that a flattened stream may be silent about. Between a dump's parts, some ten, there is padding of a page at
+the most; a stream of a few bytes about a file of many TiB would have its receiver read them all."""
 
 
 class Extents:
@@ -34,7 +36,7 @@ class Extents:
     stream's digest was taken of, and what is stored must give them again: a disk that lost some is found out, and not signed.
     """
 
-    def __init__(self, packed: bytes = b"") -> None:
+    def __init__(self, packed: bytes | bytearray = b"") -> None:
         """Go on where another stood that was `packed`.
 
         :raise FormatError: it is none.
@@ -71,12 +73,16 @@ class Extents:
         """
         covered = _Covered()
         for file_offset, size, digest in self._backwards():
-            if covered.add(file_offset, file_offset + size):
-                if os.fstat(descriptor).st_size < start + file_offset + size and _is_regular(descriptor):
-                    return file_offset
+            if not covered.add(file_offset, file_offset + size):
+                continue
+            try:
                 if piece_digest(descriptor, start + file_offset, size) != digest:
                     return file_offset
-                progress()
+            except OSError as error:
+                if error.errno:
+                    raise
+                return file_offset  # the file ends before
+            progress()
         return None
 
     def holes(self, size: int) -> list[tuple[int, int]]:
@@ -118,14 +124,15 @@ class _Covered:
 class Unpacker:
     """Puts a stream into an open file or device, from file offset `start` on, up to `limit` bytes.
 
-    Whether the stream is flattened, its first piece says.
+    Whether the stream is flattened, its first piece says; of a flattened one, `extents` get to know what was put where.
     """
 
-    def __init__(self, descriptor: int, *, start: int = 0, limit: int = 1 << 62) -> None:
+    def __init__(self, descriptor: int, *, start: int = 0, limit: int = 1 << 62, extents: Extents | None = None) -> None:
         self.size = 0  # bytes of the dump so far: where its last byte ends
         self._descriptor = descriptor
         self._start = start
         self._limit = limit
+        self._extents = extents
         self._position = 0  # in the stream
         self._decoder: Decoder | None = None
 
@@ -148,15 +155,19 @@ class Unpacker:
         else:
             for file_offset, some in self._decoder.feed(view):
                 self._write(some, file_offset)
+                if self._extents is not None:
+                    self._extents.note(file_offset, some)
         self._position += len(view)
 
     def finish(self) -> None:
         """The stream has ended.
 
-        :raise FormatError: it ought to have gone on.
+        :raise FormatError: it ought to have gone on, or it was about a file that is mostly holes.
         """
         if self._decoder is not None:
             self._decoder.finish()
+            if self.size > self._position + _MOST_HOLES:
+                raise FormatError(f"a flattened stream of {self._position:,} bytes about a file of {self.size:,}")
 
     def contents(self, sent: Contents) -> Contents:
         """What is stored, given what the sender says of the stream."""

@@ -2,10 +2,11 @@
 
 An upload is one crash: a directory that nobody else gets, K1's log in it, and a dump that arrives in pieces of 4 MiB, one after
 the other, unpacked as it arrives. Each piece is on the disk before it is acknowledged, and so is a line of the upload's journal
-(`.crashkernel/ID`, beside the directories) that says so, with the piece's sha256 and where the unpacking stands. What was
-acknowledged is never asked for again, whether the receiver is killed or its machine loses power.
+(`.crashkernel/ID`, beside the directories) that says so, with the piece's sha256, what it put where, and where the unpacking
+stands. What was acknowledged is never asked for again, whether the receiver is killed or its machine loses power.
 
-The dump gets its name when the sender's manifest and the sums of the pieces that arrived agree.
+The dump gets its name when the sender's manifest and the sums of the pieces that arrived agree, and the disk gives back what
+they put on it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from crashkernel.target.base import DUMP, INCOMPLETE, LOG
 from crashkernel.target.encryption import SUFFIX
 from crashkernel.target.files import create_file, flush_directory, make_directory, name_dump, put_file
 from crashkernel.target.manifest import PIECE_SIZE, Manifest, digest_file, digest_of_pieces, manifest_name
-from crashkernel.target.unpacking import Unpacker
+from crashkernel.target.unpacking import Extents, Unpacker
 
 JOURNALS = ".crashkernel"
 """The directory of the journals; no sender's path can begin with a dot."""
@@ -63,6 +64,7 @@ class Upload:
     path: str
     received: int = 0  # bytes of the stream
     pieces: bytearray = field(default_factory=bytearray)  # the sha256 of each
+    extents: bytearray = field(default_factory=bytearray)  # what they put where, packed
     state: dict[str, Any] | None = None  # of the unpacker
     saved: str | None = None  # the dump's name
     journal_size: int = 0  # bytes of the journal up to its last whole line
@@ -161,7 +163,8 @@ class Uploads:
                 self._directory(upload) as directory,
                 _opened(directory / (DUMP + INCOMPLETE), create=not received) as descriptor,
             ):
-                unpacker = Unpacker(descriptor, limit=self._limit)
+                extents = Extents()
+                unpacker = Unpacker(descriptor, limit=self._limit, extents=extents)
                 try:
                     if upload.state is not None:
                         unpacker.resume(upload.state)
@@ -171,9 +174,10 @@ class Uploads:
                 os.fdatasync(descriptor)
                 if received == 0:
                     flush_directory(directory)
-            state = unpacker.state()
-            self._note(upload, {"piece": digest.hex(), "size": len(data), "state": state})
+            state, put = unpacker.state(), extents.packed()
+            self._note(upload, {"piece": digest.hex(), "size": len(data), "extents": put.hex(), "state": state})
             upload.pieces += digest
+            upload.extents += put
             upload.received += len(data)
             upload.state = state
             return upload.received
@@ -195,7 +199,7 @@ class Uploads:
             manifest = self._make_whole(upload, directory, sent)
             self._begin_journal(upload, manifest.file)  # all else in it is of no use any more
             upload.saved = manifest.file
-            upload.pieces, upload.state = bytearray(), None
+            upload.pieces, upload.extents, upload.state = bytearray(), bytearray(), None
             return manifest
 
     def _make_whole(self, upload: Upload, directory: Path, sent: Manifest) -> Manifest:
@@ -210,14 +214,19 @@ class Uploads:
                 unpacker.finish()
             except FormatError as error:
                 raise Refused(422, str(error), upload.received) from error
+            lost = Refused(500, "the receiver's disk does not give back what arrived", upload.received)
+            if os.fstat(descriptor).st_size < unpacker.size:
+                raise lost
             os.ftruncate(descriptor, unpacker.size)
             os.fsync(descriptor)
+            if unpacker.flattened and not _gives_back(descriptor, Extents(upload.extents), unpacker.size):
+                raise lost
             digest = digest_file(descriptor, unpacker.size)
             if unpacker.flattened:
                 contents = unpacker.contents(sent.contents)
                 sent = replace(sent, file=DUMP, size=unpacker.size, digest=digest, contents=contents)
             elif digest != sent.digest:
-                raise Refused(500, "the receiver's disk does not give back what arrived", upload.received)
+                raise lost
         try:
             name_dump(scratch, sent)
         except FileExistsError as error:
@@ -329,13 +338,22 @@ def _opened(path: Path, *, create: bool = False) -> Iterator[int]:
         os.close(descriptor)
 
 
+def _gives_back(descriptor: int, extents: Extents, size: int) -> bool:
+    """Whether a file has what was put into it, and nothing in between."""
+    if extents.first_lost(descriptor) is not None:
+        return False
+    return not any(os.pread(descriptor, end - start, start).strip(b"\0") for start, end in extents.holes(size))
+
+
 def _named_before(directory: Path, sent: Manifest) -> Manifest | None:
     """The manifest of a dump that got its name before the receiver was killed, which is all that there was left to note."""
     for name in (DUMP, sent.file):
         with contextlib.suppress(FormatError, OSError):
             manifest = _read_manifest(directory, name)
-            if (directory / name).stat().st_size == manifest.size:
-                return manifest
+            with _opened(directory / name) as descriptor:
+                size = os.fstat(descriptor).st_size
+                if size == manifest.size and digest_file(descriptor, size) == manifest.digest:
+                    return manifest
     return None
 
 
@@ -362,6 +380,7 @@ def _replay(identity: str, data: bytes) -> Upload:
             upload = Upload(identity, line(raw["asked"]), line(raw["path"]), saved=saved)
         else:
             upload.pieces += bytes.fromhex(raw["piece"])
+            upload.extents += bytes.fromhex(raw["extents"])
             upload.received += count(raw["size"], PIECE_SIZE + 1)
             upload.state = mapping(raw["state"])
         size += len(text)
