@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -168,3 +169,28 @@ def test_pieces_given_are_the_same_digest():
 
 def test_name():
     assert manifest_name("vmcore.flat") == "vmcore.flat.manifest.json"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_digest_takes_32_bytes_a_piece(tmp_path, monkeypatch, workers):
+    number = 20_000
+    monkeypatch.setattr(manifest, "piece_digest", lambda descriptor, file_offset, size: b"x" * 32)
+    tracemalloc.start()
+    try:
+        digest = digest_file(-1, number * PIECE_SIZE, workers=workers)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert digest == digest_of_pieces(b"x" * 32 * number)
+    assert peak < 50 * number
+
+
+def test_a_failure_of_one_thread_is_told(tmp_path, monkeypatch):
+    def piece_digest(descriptor, file_offset, size):
+        if file_offset == 37 * PIECE_SIZE:
+            raise OSError(5, "Input/output error")
+        return b"x" * 32
+
+    monkeypatch.setattr(manifest, "piece_digest", piece_digest)
+    with pytest.raises(OSError, match="Input/output error"):
+        digest_file(-1, 100 * PIECE_SIZE, workers=4)

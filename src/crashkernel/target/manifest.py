@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, cast, get_args
@@ -80,7 +81,7 @@ class PieceHasher:
         return Digest(root.hexdigest())
 
 
-def digest_of_pieces(pieces: bytes) -> Digest:
+def digest_of_pieces(pieces: bytes | bytearray) -> Digest:
     """The digest of a file, given the sha256 of each of its pieces, one after the other."""
     return Digest(hashlib.sha256(pieces).hexdigest())
 
@@ -101,24 +102,40 @@ def digest_file(
 
     :raise OSError: it cannot be read, or ends before.
     """
-    pieces = dict(known or {})
-    missing = [number for number in range(-(-size // PIECE_SIZE)) if number not in pieces]
+    known = known or {}
+    number_of_pieces = -(-size // PIECE_SIZE)
+    pieces = bytearray(_HASH_SIZE * number_of_pieces)
+    numbers = iter(range(number_of_pieces))
+    turn = threading.Lock()
+    failures: list[BaseException] = []
 
-    def of_piece(number: int) -> bytes:
-        file_offset = start + number * PIECE_SIZE
-        digest = piece_digest(descriptor, file_offset, min(PIECE_SIZE, start + size - file_offset))
-        progress()
-        return digest
+    def work() -> None:
+        try:
+            while not failures:
+                with turn:
+                    number = next(numbers, None)
+                if number is None:
+                    return
+                digest = known.get(number)
+                if digest is None:
+                    file_offset = start + number * PIECE_SIZE
+                    digest = piece_digest(descriptor, file_offset, min(PIECE_SIZE, start + size - file_offset))
+                    progress()
+                pieces[number * _HASH_SIZE : (number + 1) * _HASH_SIZE] = digest
+        except BaseException as error:
+            failures.append(error)
 
-    workers = min(workers or len(os.sched_getaffinity(0)), len(missing) // _FEW)
-    if workers > 1:
-        from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - costs more than a few pieces do
-
-        with ThreadPoolExecutor(workers) as pool:
-            pieces.update(zip(missing, pool.map(of_piece, missing), strict=True))
-    else:
-        pieces.update((number, of_piece(number)) for number in missing)
-    return digest_of_pieces(b"".join(pieces[number] for number in range(-(-size // PIECE_SIZE))))
+    missing = number_of_pieces - len(known)
+    workers = max(1, min(workers or len(os.sched_getaffinity(0)), missing // _FEW))
+    threads = [threading.Thread(target=work, name="digest", daemon=True) for _ in range(workers - 1)]
+    for thread in threads:
+        thread.start()
+    work()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+    return digest_of_pieces(pieces)
 
 
 def piece_digest(descriptor: int, file_offset: int, size: int) -> bytes:

@@ -194,7 +194,7 @@ class Uploads:
         with upload.lock, self._directory(upload) as directory:
             if upload.saved:
                 return _read_manifest(directory, upload.saved)
-            if (sent.size, sent.digest) != (upload.received, digest_of_pieces(bytes(upload.pieces))):
+            if (sent.size, sent.digest) != (upload.received, digest_of_pieces(upload.pieces)):
                 raise Refused(422, "what arrived is not what the manifest is about", upload.received)
             manifest = self._make_whole(upload, directory, sent)
             self._begin_journal(upload, manifest.file)  # all else in it is of no use any more
