@@ -18,7 +18,7 @@ from typing import Literal
 from crashkernel.capture.codec import CODECS, Codec, codec_by_name, codec_for_flag, missing
 from crashkernel.capture.crew import Crew
 from crashkernel.capture.selection import DL_ZERO
-from crashkernel.capture.writer import write_dump
+from crashkernel.capture.writer import Progress, write_dump
 from crashkernel.dump.dumpfile import Dump, KdumpFile, count_pages, how_whole, open_dump, stored_pages
 from crashkernel.dump.inspection import Counter, Tell, check_digest, find_manifest
 from crashkernel.dump.structure import FaultList
@@ -96,7 +96,7 @@ def convert(
             if isinstance(dump, KdumpFile) and moved:
                 _move(dump, descriptor, form, tell)
             else:
-                _rewrite(dump, descriptor, form, chosen, tell)
+                _rewrite(dump, descriptor, form, chosen, tell, output == STANDARD)
 
         if output == STANDARD:
             _write_out(write)
@@ -225,40 +225,46 @@ def _move(dump: KdumpFile, descriptor: int, form: Form, tell: Tell) -> None:
         write_all(descriptor, flattened.END)
 
 
-def _rewrite(dump: Dump, descriptor: int, form: Form, codec: Codec, tell: Tell) -> None:
-    """Read all pages of a dump and write them anew."""
+def _rewrite(dump: Dump, descriptor: int, form: Form, codec: Codec, tell: Tell, streamed: bool) -> None:
+    """Read all pages of a dump and write them anew; `streamed` out of our hands, not to a file that can be taken back.
+
+    :raise VerificationError: a page cannot be read; what was written lacks its end.
+    """
     kernel = CrashedKernel(dump)
     selection = stored_pages(dump)
     drop_zeros = form != "elf" and bool(selection.level & DL_ZERO)
+
+    def listen(progress: Progress) -> None:
+        if progress.unreadable:  # now, before the writer comes to its end: a reader would take that for a whole dump
+            raise VerificationError(f"{dump.name}: a page of it cannot be read", hint="crashkernel verify says which, and why")
+        if progress.copying:
+            tell("pages", progress.done, progress.total)
+
     with contextlib.ExitStack() as stack:
         crew = stack.enter_context(Crew(dump, selection, codec, len(os.sched_getaffinity(0)), drop_zeros))
         # the workers are forked by now, or they would hold the pipe open
-        where = stack.enter_context(_in_order(descriptor)) if form == "flattened" else descriptor
-        written = write_dump(
-            _identity(dump, kernel),
-            crew,
-            where,
-            "elf" if form == "elf" else "kdump",
-            lambda progress: tell("pages", progress.done, progress.total) if progress.copying else None,
-        )
-    if written.unreadable:
-        first = written.unreadable[0]
-        raise VerificationError(
-            f"{dump.name}: {len(written.unreadable):,} pages cannot be read, the first is page frame {first:#x}",
-            hint="crashkernel verify says why",
-        )
+        where = stack.enter_context(_in_order(descriptor)) if streamed or form == "flattened" else descriptor
+        write_dump(_identity(dump, kernel), crew, where, "elf" if form == "elf" else "kdump", listen)
 
 
 @contextlib.contextmanager
 def _in_order(descriptor: int) -> Iterator[int]:
-    """A pipe whose other end is copied to `descriptor`: the writer makes a flattened stream of what it cannot seek in."""
+    """A pipe whose other end is copied to `descriptor`: the writer makes a flattened stream of what it cannot seek in.
+
+    The last piece goes only when all went well. A plain ELF dump would else be whole before its last page is known to be bad.
+    """
     reader, writer = os.pipe()
     failed: list[OSError] = []
+    well = False
 
     def copy() -> None:
+        last = b""
         try:
             while data := os.read(reader, _COPY_SIZE):
-                write_all(descriptor, data)
+                write_all(descriptor, last)
+                last = data
+            if well:
+                write_all(descriptor, last)
         except OSError as error:
             failed.append(error)
         finally:
@@ -268,6 +274,7 @@ def _in_order(descriptor: int) -> Iterator[int]:
     thread.start()
     try:
         yield writer
+        well = True
     except BrokenPipeError:
         if not failed:
             raise
