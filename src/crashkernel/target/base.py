@@ -75,8 +75,8 @@ class Target(Protocol):
         """What went wrong where the writer cannot see it: it only finds a pipe closed."""
         ...
 
-    def warnings(self, expected_size: int | None) -> list[str]:
-        """What may go wrong, in sentences; `expected_size` is the dump's in bytes, if it can be told."""
+    def warnings(self) -> list[str]:
+        """What is to be known before it is begun, in sentences."""
         ...
 
     def begin(self, crash: str, alive: Heartbeat) -> None:

@@ -17,6 +17,7 @@ nobody uses (O_EXCL: not mounted, no part of a RAID, no swap) and that is blank 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -25,7 +26,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from crashkernel.errors import FormatError, UsageError
-from crashkernel.memory import format_size
 from crashkernel.target.base import DUMP, SLOWEST, Heartbeat, Saved, TargetFailed
 from crashkernel.target.encryption import Encryption
 from crashkernel.target.manifest import Manifest, digest_file
@@ -144,23 +144,12 @@ class DeviceTarget(StreamTarget):
         self._extents = Extents()
         self._unpacker: Unpacker | None = None
 
-    def warnings(self, expected_size: int | None) -> list[str]:
-        """Too little room, or a dump that is going to be replaced."""
-        warnings: list[str] = []
-        try:
-            with self._path.open("rb") as file:
-                room = file.seek(0, os.SEEK_END) - DUMP_OFFSET
-                file.seek(0)
-                head = DeviceHead.from_bytes(file.read(DUMP_OFFSET))
-        except (OSError, FormatError):
-            return warnings
-        if expected_size is not None and room < expected_size:
-            warnings.append(
-                f"{self.name} has room for {format_size(max(room, 0))}; the dump may take {format_size(expected_size)}"
-            )
-        if head.manifest is not None:
-            warnings.append(f"{self.name} holds a whole dump, of {head.manifest.contents.release}: it is overwritten")
-        return warnings
+    def warnings(self) -> list[str]:
+        """A dump that is going to be replaced."""
+        with contextlib.suppress(UsageError):
+            if manifest := read_device_head(self._path).manifest:
+                return [f"{self.name} holds a whole dump, of {manifest.contents.release}: it is overwritten"]
+        return []
 
     def begin(self, crash: str, alive: Heartbeat) -> None:
         """Take the device, and take back what it claims.

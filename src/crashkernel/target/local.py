@@ -7,7 +7,6 @@ import os
 import threading
 from pathlib import Path
 
-from crashkernel.memory import format_size
 from crashkernel.target.base import DUMP, Heartbeat, Saved, TargetFailed
 from crashkernel.target.encryption import SUFFIX, Encryption
 from crashkernel.target.files import create_file, flush, make_directory, name_dump, put_file, write_all
@@ -76,17 +75,12 @@ class Place:
         except FileExistsError as error:
             raise TargetFailed(self.name, "the name exists by now") from error
 
-    def warnings(self, expected_size: int | None) -> list[str]:
-        """Too little room, or none that outlives a reboot."""
-        warnings = []
+    def warnings(self) -> list[str]:
+        """Nothing that outlives a reboot."""
         with contextlib.suppress(OSError):
-            status = os.statvfs(self.directory)
-            free = status.f_bavail * status.f_frsize
-            if expected_size is not None and free < expected_size:
-                warnings.append(f"{self.name} has {format_size(free)} free; the dump may take {format_size(expected_size)}")
             if _file_system(self.directory) in _IN_MEMORY:
-                warnings.append(f"{self.name} is in memory: what is stored there is gone after a reboot")
-        return warnings
+                return [f"{self.name} is in memory: what is stored there is gone after a reboot"]
+        return []
 
 
 class Follower:
@@ -150,9 +144,9 @@ class FileTarget:
 
     failure = None  # whoever writes to a file sees for itself
 
-    def warnings(self, expected_size: int | None) -> list[str]:
-        """Too little room, or none that outlives a reboot."""
-        return self._place.warnings(expected_size)
+    def warnings(self) -> list[str]:
+        """Nothing that outlives a reboot."""
+        return self._place.warnings()
 
     def begin(self, crash: str, alive: Heartbeat) -> None:
         """Make the crash's directory."""
@@ -208,9 +202,9 @@ class FileStreamTarget(StreamTarget):
         super().__init__(self._place.name, encryption)
         self._descriptor: int | None = None
 
-    def warnings(self, expected_size: int | None) -> list[str]:
-        """Too little room, or none that outlives a reboot."""
-        return self._place.warnings(expected_size)
+    def warnings(self) -> list[str]:
+        """Nothing that outlives a reboot."""
+        return self._place.warnings()
 
     def begin(self, crash: str, alive: Heartbeat) -> None:
         """Make the crash's directory."""

@@ -55,7 +55,6 @@ def save(
     crash: str,
     *,
     files: Mapping[str, bytes] | None = None,
-    expected_size: int | None = None,
     stall: float = STALL,
     report: Callable[[str], None] = lambda _: None,
 ) -> Saved:
@@ -71,7 +70,7 @@ def save(
     failures: list[TargetFailed] = []
     leftovers: list[Path] = []
     for number, target in enumerate(targets):
-        for warning in target.warnings(expected_size):
+        for warning in target.warnings():
             report(warning)
         attempt = _Attempt(target)
         try:

@@ -74,7 +74,7 @@ class StreamTarget:
 
     # -- Target
 
-    def warnings(self, expected_size: int | None) -> list[str]:
+    def warnings(self) -> list[str]:
         """A stream's other end cannot be asked."""
         return []
 
