@@ -1,6 +1,7 @@
 """The bench of capture: its arithmetic, its second reader of dumps, the machine it grows. No test asks how fast anything is."""
 
 import ctypes.util
+import dataclasses
 import io
 import itertools
 import json
@@ -17,12 +18,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from crashkernel.bench import bigcore, contest, dumps, makedumpfile, vmcore
+from crashkernel.bench import bigcore, contest, dumps, filterpass, makedumpfile, vmcore
 from crashkernel.bench.capture import (
     BIG,
     CODECS,
     BigCapture,
     BytesCheck,
+    FilterCheck,
     FilterSpeed,
     Memory,
     Results,
@@ -35,6 +37,7 @@ from crashkernel.bench.capture import (
 )
 from crashkernel.bench.contest import Contender, Measure, Peak, Ratio, Rounds, TooSlow
 from crashkernel.bench.makedumpfile import Makedumpfile
+from crashkernel.bench.pagecounts import FilterPass, PageCounts
 from crashkernel.cli import main
 from crashkernel.cli.bench import _show_capture
 from crashkernel.errors import EnvironmentFault, FormatError
@@ -101,6 +104,10 @@ class TestMeasure:
         assert taken.size == 5
         assert 0 < taken.seconds < 60
         assert list(tmp_path.iterdir()) == []
+
+    def test_what_it_said_is_had_too(self, tmp_path):
+        taken, said = contest.measure_said(shell('echo one; echo two >&2; printf 12345 >"$1"'), tmp_path, 60)
+        assert (taken.size, said) == (5, "one\ntwo\n")
 
     def test_counts_the_processor_time_of_children_too(self, tmp_path):
         burn = f"{sys.executable} -S -c 'import time\nwhile time.process_time() < 0.2: pass' & wait"
@@ -335,6 +342,18 @@ class TestBytes:
         changed[-1] ^= 1
         assert dumps.wrong_pages(opened(tmp_path, sample(pages={3: (bytes(changed), 0)})), memory) == [3]
 
+    def test_what_is_described_twice_is_counted(self, memory):
+        assert memory.twice == 2
+
+    @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+    @given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9)), min_size=1, max_size=6))
+    def test_that_is_the_sum_of_the_segments_less_their_union(self, tmp_path, segments):
+        parts = [Part(PT_LOAD, paddr=start * PAGE, data=bytes(size * PAGE)) for start, size in segments]
+        path = tmp_path / "vmcore"
+        path.write_bytes(write_elf("little", parts, kind=4, machine=62))
+        union = {pfn for start, size in segments for pfn in range(start, start + size)}
+        assert dumps.Memory(path).twice == sum(size for _, size in segments) - len(union)
+
     def test_a_page_the_vmcore_has_not(self, tmp_path, memory):
         with pytest.raises(FormatError, match="no page 0x9"):
             dumps.wrong_pages(opened(tmp_path, sample(pages={9: (content(9), 0)})), memory)
@@ -466,6 +485,66 @@ class TestGrownMachine:
             bigcore.grow(kernel.write(tmp_path / "vmcore"), tmp_path / "big", 4 * GIB)
 
 
+# ------------------------------------------------------------------------------------------------- what the filters find
+
+# makedumpfile 1.7.8 of the 4 GiB vmcore grown to 64 GiB, whose kernel image, 13,360 pages, two segments describe
+REPORT = """STEP [Excluding unnecessary pages] : 0.264348 seconds
+STEP [Copying data               ] : 7.483424 seconds
+
+Original pages  : 0x000000000103330a
+  Excluded pages   : 0x0000000001017471
+    Pages filled with zero  : 0x000000000040c71e
+    Non-private cache pages : 0x0000000000627299
+    Private cache pages     : 0x00000000000ce0f9
+    User process data pages : 0x00000000004576a8
+    Free pages              : 0x00000000000b160d
+    Hwpoison pages          : 0x0000000000000040
+    Offline pages           : 0x000000000000cccc
+  Remaining pages  : 0x000000000001be99
+  (The number of pages is reduced to 0%.)
+Memory Hole     : 0x000000000008ccf6
+"""
+FOUND = PageCounts(kept=4346247, cache=6451865, cache_private=844025, user=4552360, free=726541, poisoned=64, offline=52428)
+
+
+class TestPageCounts:
+    def test_makedumpfiles_report(self):
+        assert PageCounts.from_report(REPORT, 13360) == FOUND
+
+    @pytest.mark.parametrize("line", REPORT.splitlines()[5:13])
+    def test_one_that_lacks_a_count(self, line):
+        with pytest.raises(FormatError, match="makedumpfile reports no"):
+            PageCounts.from_report(REPORT.replace(line, ""), 0)
+
+    def test_a_pass_of_ours_goes_through_a_pipe(self):
+        said = FilterPass(FOUND, ("it is doubtful",))
+        assert FilterPass.from_json("a warning\n" + said.to_json() + "\n") == said
+
+    @pytest.mark.parametrize("text", ["", "4346247 12627283", "[]", '{"counts": {"kept": 1}, "doubts": []}'])
+    def test_what_is_no_pass(self, text):
+        with pytest.raises(FormatError, match="no result"):
+            FilterPass.from_json(text)
+
+    def test_one_page_less_or_a_doubt_is_wrong(self):
+        less = PageCounts(**{**dataclasses.asdict(FOUND), "free": 726540, "kept": 4346248})
+        passes = [FilterPass(FOUND, ()), FilterPass(less, ()), FilterPass(FOUND, ("who knows",))]
+        assert FilterCheck.of(BIG[0], 1, "makedumpfile 1.7.8", FOUND, passes[:1]).wrong == ()
+        assert FilterCheck.of(BIG[0], 1, "makedumpfile 1.7.8", FOUND, passes).wrong == (
+            "kept 4,346,248, not 4,346,247",
+            "free 726,540, not 726,541",
+            "who knows",
+        )
+
+    @pytest.mark.parametrize(("level", "workers", "doubts"), [(0, 1, 0), (0, 2, 0), (2, 2, 1)])
+    def test_the_pass_itself(self, grown, monkeypatch, capsys, level, workers, doubts):
+        """What page cache looks like the grown kernel does not say: that is doubted, and all is kept."""
+        monkeypatch.setattr(sys, "argv", ["filterpass", str(grown[2]), str(level), str(workers)])
+        filterpass.main()
+        found = FilterPass.from_json(capsys.readouterr().out)
+        assert found.counts == PageCounts(3 * GIB // PAGE, 0, 0, 0, 0, 0, 0)
+        assert len(found.doubts) == doubts
+
+
 # ---------------------------------------------------------------------------------------------------------- the real vmcore
 
 
@@ -584,6 +663,7 @@ def results(*, right: bool = True) -> Results:
         filters=[
             FilterSpeed(
                 BIG[1],
+                1,
                 "makedumpfile 1.7.8",
                 Ratio(0.8, 0.7, 0.9),
                 Ratio(0.75, 0.7, 0.9),
@@ -592,7 +672,12 @@ def results(*, right: bool = True) -> Results:
                 Peak(1, 1),
             )
         ],
-        big=[BigCapture(BIG[1], 2, "makedumpfile 1.7.8", Measure(9, 9, 9), Measure(12, 12, 9), Peak(70 << 20, 60 << 20))],
+        filter_checks=[FilterCheck(BIG[1], 1, "makedumpfile 1.7.8", FOUND, () if right else ("free 726,540, not 726,541",))],
+        big=[
+            BigCapture(
+                BIG[1], 2, "makedumpfile 1.7.8", Measure(9, 9, 9), Measure(12, 12, 9), Peak(70 << 20, 60 << 20), difference
+            )
+        ],
     )
 
 
@@ -615,8 +700,12 @@ class TestCommand:
         assert "lzo: no makedumpfile here has it" in text
         assert "selection: the same page for page in 1 of 1 dumps" in text
         assert "bytes: right in 1 of 1 dumps, 5 pages" in text
-        assert "filter, 256 GiB: 0.80 (0.70 to 0.90) of makedumpfile 1.7.8, CPU time 0.75, 1.00 s against 2.00 s" in text
-        assert "whole capture, 256 GiB, 2 workers: 9.0 s against 12.0 s; peak 70 MiB" in text
+        assert (
+            "filter, 256 GiB, 1 worker: 0.80 (0.70 to 0.90) of makedumpfile 1.7.8, which has one thread, CPU time 0.75, "
+            "1.00 s against 2.00 s" in text
+        )
+        assert "filter, 256 GiB, 1 worker: each class's pages are as makedumpfile 1.7.8 reports them" in text
+        assert "whole capture, 256 GiB, 2 workers: 9.0 s against 12.0 s; peak 70 MiB; the same pages" in text
 
     def test_what_is_wrong_is_named(self):
         assert results().right
@@ -625,6 +714,14 @@ class TestCommand:
         assert "selection: the same page for page in 0 of 1 dumps" in text
         assert "level 31, makedumpfile 1.7.8: 0x123" in text
         assert "one, level 31: 0x456" in text
+        assert "filter, 256 GiB, 1 worker: not what makedumpfile 1.7.8 reports\n  free 726,540, not 726,541" in text
+        assert "peak 70 MiB; other pages are kept: 0x123" in text
+
+    @pytest.mark.parametrize("part", ["selections", "bytes", "filter_checks", "big"])
+    def test_each_of_these_makes_the_bench_fail(self, part):
+        found = results()
+        setattr(found, part, getattr(results(right=False), part))
+        assert not found.right
 
     def test_the_record_is_json_and_whole(self):
         record = json.loads(json.dumps(results().record()))
@@ -634,7 +731,8 @@ class TestCommand:
         }
         assert record["speeds"][0]["goals"] == {"1": 1.0, "2": 0.55}
         assert record["speeds"][0]["sizes"] == [1010, 1000]
-        assert record["filters"][0]["memory"] == 256 << 30
+        assert (record["filters"][0]["memory"], record["filters"][0]["workers"]) == (256 << 30, 1)
+        assert record["filter_checks"][0]["counts"]["free"] == 726541
 
     @pytest.mark.parametrize("arguments", [["--runs", "0"], ["--json", "/nonexistent/directory/file"]])
     def test_usage(self, arguments, capsys):

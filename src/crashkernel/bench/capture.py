@@ -22,6 +22,7 @@ import numpy as np
 from crashkernel.bench import bigcore, contest, dumps, makedumpfile, vmcore
 from crashkernel.bench.contest import Contender, Measure, Peak, Ratio, Rounds, TooSlow
 from crashkernel.bench.makedumpfile import Makedumpfile
+from crashkernel.bench.pagecounts import FilterPass, PageCounts
 from crashkernel.drill.debian import Progress, default_cache, silent
 
 CODECS = ("zstd", "lzo", "snappy", "zlib", "none")
@@ -39,8 +40,8 @@ _DEADLINE = 600.0  # seconds for one run
 _HOPELESS = 3  # times makedumpfile's own time without threads; what takes longer with them is not its best setting
 _LEAST = 5.0  # seconds that a run with threads has in any case
 _QUIET = 0.04  # of a section's pages may be kept for it to be repeated in a machine that is captured as a whole
-_FILTERED = "STEP [Excluding unnecessary pages]"  # said at the end of makedumpfile's filter, message level 16
-_FILTERED_LEVEL = "16"
+_FILTERED = "STEP [Excluding unnecessary pages]"  # said at the end of makedumpfile's filter
+_REPORTING = "16"  # message level: what it is at, and how many pages of each class there are
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,11 @@ def ours(core: Path, codec: str, workers: int, level: int = LEVEL) -> Contender:
         options = ("--level", str(level), "--codec", codec, "--workers", str(workers), "--to", str(output))
         return (*our_command(), "capture", str(core), *options)
 
-    return Contender(f"crashkernel, {codec}, {workers} worker{'s' if workers > 1 else ''}", command)
+    return Contender(f"crashkernel, {codec}, {_workers(workers)}", command)
+
+
+def _workers(count: int) -> str:
+    return f"{count} worker{'s' if count > 1 else ''}"
 
 
 def theirs(program: Makedumpfile, core: Path, codec: str, threads: int = 0, level: int = LEVEL) -> Contender:
@@ -175,9 +180,13 @@ class BytesCheck:
 
 @dataclass(frozen=True, slots=True)
 class FilterSpeed:
-    """One pass of the filter over a machine of `memory` bytes; `peak` is ours."""
+    """One pass of our filter, by `workers`, over a machine of `memory` bytes; `peak` is ours.
+
+    makedumpfile's filter has one thread, whatever ``--num-threads`` says: that is for the compression.
+    """
 
     memory: int
+    workers: int
     program: str
     ratio: Ratio
     cpu_ratio: Ratio
@@ -187,8 +196,31 @@ class FilterSpeed:
 
 
 @dataclass(frozen=True, slots=True)
+class FilterCheck:
+    """What our filter found in each timed run, held against what makedumpfile reports: `wrong` in words, and doubts.
+
+    `counts` are makedumpfile's.
+    """
+
+    memory: int
+    workers: int
+    program: str
+    counts: PageCounts
+    wrong: tuple[str, ...]
+
+    @classmethod
+    def of(cls, memory: int, workers: int, program: str, counts: PageCounts, passes: Sequence[FilterPass]) -> FilterCheck:
+        """Hold all `passes` against `counts`."""
+        wrong = [said for each in passes for said in (*each.counts.differences(counts), *each.doubts)]
+        return cls(memory, workers, program, counts, tuple(dict.fromkeys(wrong)))
+
+
+@dataclass(frozen=True, slots=True)
 class BigCapture:
-    """Whole captures of a machine of `memory` bytes, of whose pages few are kept; `peak` is ours, with `workers`."""
+    """Whole captures of a machine of `memory` bytes, of whose pages few are kept; `peak` is ours, with `workers`.
+
+    `comparison` is that of both dumps' selections.
+    """
 
     memory: int
     workers: int
@@ -196,6 +228,7 @@ class BigCapture:
     ours: Measure
     theirs: Measure
     peak: Peak
+    comparison: dumps.Comparison
 
 
 @dataclass(slots=True)
@@ -209,6 +242,7 @@ class Results:
     selections: list[SelectionCheck] = field(default_factory=list)
     bytes: list[BytesCheck] = field(default_factory=list)
     filters: list[FilterSpeed] = field(default_factory=list)
+    filter_checks: list[FilterCheck] = field(default_factory=list)
     big: list[BigCapture] = field(default_factory=list)
 
     @property
@@ -218,8 +252,10 @@ class Results:
 
     @property
     def right(self) -> bool:
-        """Whether every selection and every byte is as it should be."""
-        return all(each.comparison.same for each in self.selections) and not any(each.wrong for each in self.bytes)
+        """Whether every selection, every byte and every count of a filter is as it should be."""
+        comparisons = [*(each.comparison for each in self.selections), *(each.comparison for each in self.big)]
+        wrong = [*(each.wrong for each in self.bytes), *(each.wrong for each in self.filter_checks)]
+        return all(each.same for each in comparisons) and not any(wrong)
 
     def record(self) -> dict[str, object]:
         """As JSON has it; times in seconds, sizes in bytes."""
@@ -231,6 +267,7 @@ class Results:
             "selections": [asdict(each) for each in self.selections],
             "bytes": [asdict(each) for each in self.bytes],
             "filters": [asdict(each) for each in self.filters],
+            "filter_checks": [asdict(each) for each in self.filter_checks],
             "big": [asdict(each) for each in self.big],
         }
 
@@ -296,12 +333,7 @@ class Bench:
             self._bytes(scratch, done)
             quiet = self._quiet_sections(scratch)
             for memory in BIG[: 1 if self._quick else None]:
-                with self._grown(memory) as big:
-                    self.results.filters.append(self._filter(memory, big, scratch))
-                done()
-                with self._grown(memory, quiet) as big:
-                    self.results.big.append(self._big(memory, big, scratch))
-                done()
+                self._large(memory, quiet, scratch, done)
 
     @contextmanager
     def _scratch(self, core_size: int) -> Iterator[Path]:
@@ -401,6 +433,15 @@ class Bench:
 
     # -- large machines
 
+    def _large(self, memory: int, quiet: Sequence[int], scratch: Path, done: Callable[[], None]) -> None:
+        """The filters, and whole captures, of a machine of `memory` bytes."""
+        with self._grown(memory) as big:
+            self._filter(memory, big, scratch)
+        done()
+        with self._grown(memory, quiet) as big:
+            self.results.big.append(self._big(memory, big, scratch))
+        done()
+
     @contextmanager
     def _grown(self, memory: int, sections: Sequence[int] = ()) -> Iterator[Path]:
         """On the disk: makedumpfile maps the file, and in a tmpfs a hole that is read through a mapping takes memory."""
@@ -421,33 +462,49 @@ class Bench:
         later = np.arange(len(kept)) >= len(kept) // 2  # the earlier ones are free as a whole, or absent
         return tuple(np.flatnonzero((kept <= _QUIET) & (known == 1) & later).tolist())
 
-    def _filter(self, memory: int, big: Path, scratch: Path) -> FilterSpeed:
-        command = (sys.executable, "-m", "crashkernel.bench.filterpass", str(big), str(LEVEL), str(WORKERS[-1]))
-        mine = Contender(f"our filter, {memory >> 30} GiB", lambda _output: command)
-        fastest, rounds = self._filter_rounds(mine, big, scratch)
-        peak = contest.peak_memory(mine, scratch, _DEADLINE)
-        ratio, cpu_ratio = rounds.ratio(mine.name, fastest), rounds.cpu_ratio(mine.name, fastest)
-        return FilterSpeed(memory, fastest, ratio, cpu_ratio, rounds.seconds(mine.name), rounds.seconds(fastest), peak)
+    def _filter(self, memory: int, big: Path, scratch: Path) -> None:
+        """All builds in turn with ours, by each number of workers; each pass of ours is held against makedumpfile's report."""
+
+        def filtering(program: Makedumpfile) -> Contender:
+            return Contender(f"{program}'s filter", lambda output: self._dry_run(program, big, output))
+
+        def passing(workers: int) -> Contender:
+            command = (sys.executable, "-m", "crashkernel.bench.filterpass", str(big), str(LEVEL), str(workers))
+            return Contender(f"our filter, {memory >> 30} GiB, {_workers(workers)}", lambda _output: command)
+
+        others = [filtering(program) for program in self._programs[: len(makedumpfile.SUITES)]]
+        mine = {workers: passing(workers) for workers in WORKERS}
+        passes: dict[str, list[FilterPass]] = {each.name: [] for each in mine.values()}
+
+        def take(contender: Contender) -> Measure:
+            if contender.name not in passes:
+                return contest.measure_to(contender.command(scratch / "none"), _FILTERED, _DEADLINE)
+            taken, said = contest.measure_said(contender, scratch, _DEADLINE)
+            passes[contender.name].append(FilterPass.from_json(said))
+            return taken
+
+        rounds = contest.hold([*mine.values(), *others], self._runs, take, self._progress)
+        fastest = min((each.name for each in others), key=lambda name: rounds.seconds(name).median)
+        for workers, each in mine.items():
+            ratios = rounds.ratio(each.name, fastest), rounds.cpu_ratio(each.name, fastest)
+            seconds = rounds.seconds(each.name), rounds.seconds(fastest)
+            peak = contest.peak_memory(each, scratch, _DEADLINE)
+            self.results.filters.append(FilterSpeed(memory, workers, fastest, *ratios, *seconds, peak))
+        self._progress(f"what {self._newest} reports of {memory >> 30} GiB")
+        reporting = filtering(self._newest)
+        counts = PageCounts.from_report(contest.measure_said(reporting, scratch, _DEADLINE)[1], dumps.Memory(big).twice)
+        for workers, each in mine.items():
+            self.results.filter_checks.append(FilterCheck.of(memory, workers, str(self._newest), counts, passes[each.name]))
+
+    @staticmethod
+    def _dry_run(program: Makedumpfile, big: Path, output: Path) -> Sequence[str]:
+        return (*program.command, "--dry-run", "-l", "-d", str(LEVEL), "--message-level", _REPORTING, str(big), str(output))
 
     def _big(self, memory: int, big: Path, scratch: Path) -> BigCapture:
         mine, other = ours(big, SELECTION_CODEC, 2), theirs(self._newest, big, SELECTION_CODEC)
         self._progress(f"whole captures of {memory >> 30} GiB")
         taken = contest.measure(mine, scratch, _DEADLINE), contest.measure(other, scratch, _DEADLINE)
-        return BigCapture(memory, 2, str(self._newest), *taken, contest.peak_memory(mine, scratch, _DEADLINE))
-
-    def _filter_rounds(self, mine: Contender, big: Path, scratch: Path) -> tuple[str, Rounds]:
-        """All builds in turn with ours; the name of the fastest."""
-
-        def filtering(program: Makedumpfile) -> Contender:
-            options = ("--dry-run", "-l", "-d", str(LEVEL), "--message-level", _FILTERED_LEVEL)
-            return Contender(f"{program}'s filter", lambda output: (*program.command, *options, str(big), str(output)))
-
-        others = [filtering(program) for program in self._programs[: len(makedumpfile.SUITES)]]
-
-        def take(contender: Contender) -> Measure:
-            if contender is mine:
-                return contest.measure(contender, scratch, _DEADLINE)
-            return contest.measure_to(contender.command(scratch / "none"), _FILTERED, _DEADLINE)
-
-        rounds = contest.hold([mine, *others], self._runs, take, self._progress)
-        return min((each.name for each in others), key=lambda name: rounds.seconds(name).median), rounds
+        peak = contest.peak_memory(mine, scratch, _DEADLINE)
+        with contest.output_of(mine, scratch, _DEADLINE) as first, contest.output_of(other, scratch, _DEADLINE) as second:
+            comparison = dumps.compare_selections(dumps.Dump(first), dumps.Dump(second))
+        return BigCapture(memory, 2, str(self._newest), *taken, peak, comparison)

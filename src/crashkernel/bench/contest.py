@@ -74,6 +74,11 @@ class _Process:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
 
+    @property
+    def said(self) -> str:
+        """What it said so far."""
+        return self._log.read_text(errors="replace").replace("\r", "\n")
+
     def wait(self, *, block: bool = True) -> resource.struct_rusage | None:
         """What it used, once it has ended; None if it has not and that is not waited for.
 
@@ -84,7 +89,7 @@ class _Process:
             return None
         self._popen.returncode = os.waitstatus_to_exitcode(status)
         if self._popen.returncode and not self._killed:
-            said = self._log.read_text(errors="replace").replace("\r", "\n").strip().splitlines()
+            said = self.said.strip().splitlines()
             raise EnvironmentFault(
                 f"{self.name} exited with {self._popen.returncode}: {said[-1] if said else 'without a word'}"
             )
@@ -105,10 +110,18 @@ def measure(contender: Contender, scratch: Path, deadline: float) -> Measure:
     :raise TooSlow: it took longer than `deadline` seconds.
     :raise EnvironmentFault: it failed.
     """
+    return measure_said(contender, scratch, deadline)[0]
+
+
+def measure_said(contender: Contender, scratch: Path, deadline: float) -> tuple[Measure, str]:
+    """The same, and what it said.
+
+    :raise TooSlow, EnvironmentFault: as `measure` does.
+    """
     with tempfile.TemporaryDirectory(prefix="run-", dir=scratch) as directory:
         output = Path(directory) / "dump"
-        seconds, cpu = _run(contender, output, Path(directory) / "log", deadline)
-        return Measure(seconds, cpu, output.stat().st_size if output.exists() else 0)
+        seconds, cpu, said = _run(contender, output, Path(directory) / "log", deadline)
+        return Measure(seconds, cpu, output.stat().st_size if output.exists() else 0), said
 
 
 @contextlib.contextmanager
@@ -125,8 +138,8 @@ def output_of(contender: Contender, scratch: Path, deadline: float) -> Iterator[
         yield output
 
 
-def _run(contender: Contender, output: Path, log: Path, deadline: float) -> tuple[float, float]:
-    """Wall and processor time in seconds."""
+def _run(contender: Contender, output: Path, log: Path, deadline: float) -> tuple[float, float, str]:
+    """Wall and processor time in seconds, and what it said."""
     with _Process(contender, output, log) as process:
         timer = threading.Timer(deadline, process.kill)
         timer.start()
@@ -138,7 +151,7 @@ def _run(contender: Contender, output: Path, log: Path, deadline: float) -> tupl
     assert usage is not None, "it was waited for"
     if seconds >= deadline:
         raise TooSlow(contender.name, deadline)
-    return seconds, usage.ru_utime + usage.ru_stime
+    return seconds, usage.ru_utime + usage.ru_stime, process.said
 
 
 # -------------------------------------------------------------------------------------------------------------- memory

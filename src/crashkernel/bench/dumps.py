@@ -197,6 +197,17 @@ class Memory:
         self._loads = [(paddr, offset, size) for kind, _, offset, _, paddr, size, _, _ in reversed(headers) if kind == 1]
         self._page_size = page_size
 
+    @property
+    def twice(self) -> int:
+        """How many pages more than one segment describes, each counted once less than it is described."""
+        reached, twice = 0, 0
+        for start, end in sorted(
+            (paddr // self._page_size, -(-(paddr + size) // self._page_size)) for paddr, _, size in self._loads
+        ):
+            twice += max(0, min(end, reached) - start)
+            reached = max(reached, end)
+        return twice
+
     def page(self, pfn: int) -> bytes:
         """The bytes of a page.
 

@@ -38,7 +38,7 @@ def main() -> None:
         poisoned=int(counts[PageClass.POISONED]),
         offline=int(counts[PageClass.OFFLINE]),
     )
-    print(FilterPass(found, (*kernel.doubts, *selection.findings.doubts())).to_json())
+    print(FilterPass(found, tuple(dict.fromkeys((*kernel.doubts, *selection.findings.doubts())))).to_json())
 
 
 if __name__ == "__main__":

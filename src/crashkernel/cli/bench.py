@@ -260,13 +260,29 @@ def _show_capture(results: Results, console: Console) -> None:
         console.print(f"  {dump.name}, level {dump.level}: {', '.join(hex(pfn) for pfn in dump.wrong)} …", style="bold red")
     for each in results.filters:
         console.print(
-            f"filter, {each.memory >> 30} GiB: {_ratio(each.ratio)} of {each.program}, CPU time {each.cpu_ratio.median:.2f}, "
+            f"filter, {each.memory >> 30} GiB, {each.workers} worker{'s' if each.workers > 1 else ''}: {_ratio(each.ratio)} "
+            f"of {each.program}, which has one thread, CPU time {each.cpu_ratio.median:.2f}, "
             f"{each.ours.median:.2f} s against {each.theirs.median:.2f} s; peak {each.peak.total / (1 << 20):.0f} MiB"
         )
+    for check in results.filter_checks:
+        console.print(
+            f"filter, {check.memory >> 30} GiB, {check.workers} worker{'s' if check.workers > 1 else ''}: "
+            + (
+                f"not what {check.program} reports"
+                if check.wrong
+                else f"each class's pages are as {check.program} reports them"
+            ),
+            style="bold red" if check.wrong else "",
+        )
+        for text in check.wrong:
+            console.print(f"  {text}", style="bold red", markup=False)
     for big in results.big:
         console.print(
             f"whole capture, {big.memory >> 30} GiB, {big.workers} workers: {big.ours.seconds:.1f} s against "
-            f"{big.theirs.seconds:.1f} s; peak {big.peak.total / (1 << 20):.0f} MiB"
+            f"{big.theirs.seconds:.1f} s; peak {big.peak.total / (1 << 20):.0f} MiB; "
+            + ("the same pages" if big.comparison.same else "other pages are kept: ")
+            + ", ".join(f"{pfn:#x}" for pfn in big.comparison.examples),
+            style="" if big.comparison.same else "bold red",
         )
 
 
