@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -125,6 +126,24 @@ class TestManifest:
         assert (manifest.file, manifest.contents.format, manifest.contents.codec) == ("out", "flattened", "lzo")
         assert manifest.contents.pages.free == 100
         assert verify(tmp_path / "out").good
+
+    @pytest.mark.parametrize("level", [0, 17, 31])
+    @pytest.mark.parametrize("form", ["kdump", "flattened", "elf"])
+    def test_that_of_a_plain_elf_dump_counts_what_stood_between_its_pages(self, tmp_path, level, form):
+        """What a capture writes: of 100 free pages 8 were in small gaps, so they are in the file."""
+        (tmp_path / "in").write_bytes(elf_of())
+        manifest = manifest_of(tmp_path / "in", form="elf", codec="none", kept=8184, free=100)
+        manifest = replace(manifest, contents=replace(manifest.contents, level=level))
+        (tmp_path / "in.manifest.json").write_text(manifest.to_json())
+        convert(tmp_path / "in", tmp_path / "out", form, None if form == "elf" else "zstd")
+        found = verify(tmp_path / "out")
+        assert (found.good, found.manifest, found.problems.first) == (True, True, ())
+        made, _ = find_manifest(tmp_path / "out")
+        with open_dump(tmp_path / "out") as dump:
+            pages = inspect(dump).pages
+            assert (made.contents.level, made.contents.pages.kept, made.contents.pages.zero) == (level, 8192, pages.zero)
+            assert bool(pages.zero) == (form != "elf" and bool(level & 1))
+        assert made.contents.pages.free == 100
 
     def test_without_one_there_is_none(self, tmp_path):
         (tmp_path / "in").write_bytes(dump_of().to_bytes())

@@ -17,8 +17,8 @@ from typing import Literal
 
 from crashkernel.capture.codec import CODECS, Codec, codec_by_name, codec_for_flag, missing
 from crashkernel.capture.crew import Crew
-from crashkernel.capture.selection import DL_ZERO
-from crashkernel.capture.writer import Progress, write_dump
+from crashkernel.capture.selection import DL_ZERO, PageClass, Selection
+from crashkernel.capture.writer import Progress, Written, write_dump
 from crashkernel.dump.dumpfile import Dump, KdumpFile, count_pages, how_whole, open_dump, stored_pages
 from crashkernel.dump.inspection import Counter, Tell, check_digest, find_manifest
 from crashkernel.dump.structure import FaultList
@@ -26,7 +26,7 @@ from crashkernel.errors import EnvironmentFault, FormatError, UsageError, Verifi
 from crashkernel.formats import diskdump, flattened
 from crashkernel.formats.elf import EM_PPC64
 from crashkernel.target.files import create_file, flush_directory, give_name, name_dump, write_all
-from crashkernel.target.manifest import PIECE_SIZE, Contents, DumpFormat, Manifest, digest_file
+from crashkernel.target.manifest import PIECE_SIZE, Contents, DumpFormat, Manifest, PageCounts, digest_file
 from crashkernel.target.unpacking import Unpacker
 from crashkernel.vmcore.identity import Identity
 from crashkernel.vmcore.kernel import CrashedKernel
@@ -92,19 +92,32 @@ def convert(
         moved = form != "elf" and isinstance(dump, KdumpFile) and codec in (None, own.name)
         chosen = own if moved else _codec(dump, form, codec)
 
-        def write(descriptor: int) -> None:
+        selection = stored_pages(dump, None if manifest is None else manifest.contents.level)
+
+        def write(descriptor: int) -> Contents | None:
+            written = None
             if isinstance(dump, KdumpFile) and moved:
                 _move(dump, descriptor, form, tell)
             else:
-                _rewrite(dump, descriptor, form, chosen, tell, output == STANDARD)
+                written = _rewrite(dump, selection, descriptor, form, chosen, tell, output == STANDARD)
+            if manifest is None:
+                return None
+            contents = replace(manifest.contents, format=_FORMAT_NAMES[form], codec=chosen.name, level=selection.level)
+            return contents if written is None else replace(contents, pages=_counted(contents.pages, written))
 
         if output == STANDARD:
             _write_out(write)
             return None
-        contents = None
-        if manifest is not None:
-            contents = replace(manifest.contents, format=_FORMAT_NAMES[form], codec=chosen.name)
-        return _write_whole(output, write, contents, tell)
+        return _write_whole(output, write, tell)
+
+
+def _counted(before: PageCounts, written: Written) -> PageCounts:
+    """The pages of a dump made of another, of which its writer counted `before`.
+
+    In a plain ELF dump pages that were dropped stand between kept ones that were near to each other. They are kept by now; of
+    which class they were nobody can say, so these numbers stay what the filter counted.
+    """
+    return replace(before, kept=written.classes[PageClass.KEPT], zero=written.zero)
 
 
 def _codec(dump: Dump, form: Form, name: str | None) -> Codec:
@@ -175,7 +188,7 @@ def _spooled(output: Path) -> Iterator[Path]:
         yield Path(spool.name)
 
 
-def _write_out(write: Callable[[int], None]) -> None:
+def _write_out(write: Callable[[int], object]) -> None:
     """Have a dump written to standard output."""
     try:
         write(sys.stdout.fileno())
@@ -185,12 +198,12 @@ def _write_out(write: Callable[[int], None]) -> None:
         raise EnvironmentFault(f"cannot write to standard output: {error.strerror}") from error
 
 
-def _write_whole(output: Path, write: Callable[[int], None], contents: Contents | None, tell: Tell) -> Converted:
-    """Have a file written, and give it its name when it is whole."""
+def _write_whole(output: Path, write: Callable[[int], Contents | None], tell: Tell) -> Converted:
+    """Have a file written, and give it its name when it is whole; `write` says what its manifest, if any, says of it."""
     try:
         descriptor, scratch = create_file(output.parent, output.name)
         try:
-            write(descriptor)
+            contents = write(descriptor)
             size = os.fstat(descriptor).st_size
             os.fsync(descriptor)
             if contents is None:
@@ -225,13 +238,14 @@ def _move(dump: KdumpFile, descriptor: int, form: Form, tell: Tell) -> None:
         write_all(descriptor, flattened.END)
 
 
-def _rewrite(dump: Dump, descriptor: int, form: Form, codec: Codec, tell: Tell, streamed: bool) -> None:
+def _rewrite(
+    dump: Dump, selection: Selection, descriptor: int, form: Form, codec: Codec, tell: Tell, streamed: bool
+) -> Written:
     """Read all pages of a dump and write them anew; `streamed` out of our hands, not to a file that can be taken back.
 
     :raise VerificationError: a page cannot be read; what was written lacks its end.
     """
     kernel = CrashedKernel(dump)
-    selection = stored_pages(dump)
     drop_zeros = form != "elf" and bool(selection.level & DL_ZERO)
 
     def listen(progress: Progress) -> None:
@@ -244,7 +258,7 @@ def _rewrite(dump: Dump, descriptor: int, form: Form, codec: Codec, tell: Tell, 
         crew = stack.enter_context(Crew(dump, selection, codec, len(os.sched_getaffinity(0)), drop_zeros))
         # the workers are forked by now, or they would hold the pipe open
         where = stack.enter_context(_in_order(descriptor)) if streamed or form == "flattened" else descriptor
-        write_dump(_identity(dump, kernel), crew, where, "elf" if form == "elf" else "kdump", listen)
+        return write_dump(_identity(dump, kernel), crew, where, "elf" if form == "elf" else "kdump", listen)
 
 
 @contextlib.contextmanager

@@ -455,13 +455,15 @@ class KeptPages:
 class StoredPages:
     """The pages that an ELF vmcore has in its file, as a `Selection`; zeros that are not in it count as dropped.
 
-    An ELF file does not say which dump level was applied. It is 0 if all memory is there, else any class may have been dropped.
+    An ELF file does not say which dump level was applied; its manifest does. Without one it is 0 if all memory is there, else
+    any class may have been dropped.
     """
 
-    def __init__(self, vmcore: ElfVmcore) -> None:
+    def __init__(self, vmcore: ElfVmcore, level: int | None = None) -> None:
         self.page_size = vmcore.page_size
         self.max_pfn = max((-(-each.end // self.page_size) for each in vmcore.segments), default=0)
-        self.level = 0 if all(each.file_offset is not None for each in vmcore.segments) else MAX_DUMP_LEVEL
+        everything = all(each.file_offset is not None for each in vmcore.segments)
+        self.level = level if level is not None else 0 if everything else MAX_DUMP_LEVEL
         self.findings = Findings()
         # first page frame, last one, and where it is in the file; both ascend, as segments do not overlap
         self._spans = [
@@ -606,9 +608,9 @@ def _open(data: PlainFile, head: bytes) -> Dump:
         raise
 
 
-def stored_pages(dump: Dump) -> Selection:
-    """What is in the dump, to be written anew."""
-    return dump.kept if isinstance(dump, KdumpFile) else StoredPages(dump)
+def stored_pages(dump: Dump, level: int | None = None) -> Selection:
+    """What is in the dump, to be written anew; `level` is the dump level that was applied, for plain ELF, which does not say."""
+    return dump.kept if isinstance(dump, KdumpFile) else StoredPages(dump, level)
 
 
 def is_flattened(dump: Dump) -> bool:
