@@ -1,4 +1,5 @@
 import errno
+import importlib
 import os
 import shutil
 import signal
@@ -22,6 +23,7 @@ from crashkernel.target import (
     save,
 )
 from crashkernel.target import manifest as manifest_module
+from crashkernel.target.aside import Kind, aside, kind_of
 from crashkernel.target.device import DeviceHead, DeviceTarget, open_device_dump, read_device_head
 from crashkernel.target.encryption import Encryption
 from crashkernel.target.local import FileTarget
@@ -323,6 +325,70 @@ def test_one_that_stands_still_is_given_up_with_all_that_it_started(tmp_path, mo
     while time.monotonic() < deadline and running(int(started.read_text())):
         time.sleep(0.02)
     assert not running(int(started.read_text()))
+
+
+@pytest.mark.parametrize(
+    "hanging", ["os.stat", "pathlib.Path.is_dir", "pathlib.Path.mkdir", "crashkernel.target.local._file_system"]
+)
+def test_a_disk_that_hangs_is_given_up(tmp_path, monkeypatch, hanging):
+    monkeypatch.setattr("crashkernel.target.saving._GRACE", 0.0)
+    monkeypatch.setattr("crashkernel.target.aside.PATIENCE", 0.2)
+    module, _, name = hanging.rpartition(".")
+    owner = Path if module == "pathlib.Path" else importlib.import_module(module)
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    ours, call = os.getpid(), getattr(owner, name)
+
+    def hang(path, *rest, **options):
+        if str(path).startswith(str(first)):
+            assert os.getpid() != ours, "the capture itself hangs"
+            time.sleep(100)
+        return call(path, *rest, **options)
+
+    monkeypatch.setattr(owner, name, hang)
+    lines = []
+    targets = [parse_target(str(first)), parse_target(str(second))]
+    save(writer(SIZE), targets, CRASH, stall=0.6, report=lines.append)
+    assert is_whole(second, dump_bytes(SIZE))
+    assert "no progress for 1 s" in lines[0]
+
+
+def test_a_disk_that_hangs_keeps_its_leftover_and_nobody_else(tmp_path, monkeypatch):
+    monkeypatch.setattr("crashkernel.target.aside.PATIENCE", 0.2)
+    ours = os.getpid()
+
+    def unlink(path, missing_ok=False, call=Path.unlink):
+        if path.name == "first.incomplete":
+            assert os.getpid() != ours, "the capture itself hangs"
+            time.sleep(100)
+        call(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    lines = []
+
+    def write(descriptor, beat):
+        if "first" in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
+            raise OSError(errno.ENOSPC, "full")
+        return writer(SIZE)(descriptor, beat)
+
+    targets = [parse_target(str(tmp_path / "first")), parse_target(str(tmp_path / "second"))]
+    save(write, targets, CRASH, report=lines.append)
+    assert is_whole(tmp_path / "second", dump_bytes(SIZE))
+    assert lines[-1] == f"{tmp_path / 'first.incomplete'} could not be removed"
+
+
+def test_a_disk_that_was_only_slow_gets_its_directory(tmp_path, monkeypatch):
+    monkeypatch.setattr("crashkernel.target.local.kind_of", lambda path: Kind.UNKNOWN)
+    save(writer(SIZE), [FileTarget(str(tmp_path))], CRASH)
+    assert is_whole(tmp_path / CRASH / "vmcore", dump_bytes(SIZE))
+
+
+def test_what_a_path_leads_to(tmp_path):
+    (tmp_path / "file").touch()
+    paths = {"": Kind.DIRECTORY, "file": Kind.OTHER, "missing": Kind.MISSING, "file/x": Kind.MISSING}
+    assert {path: kind_of(str(tmp_path / path)) for path in paths} == paths
+    assert aside(lambda: 7) == 7
+    assert aside(lambda: 1 // 0) is None
 
 
 def test_an_interrupted_capture_leaves_nothing_running(tmp_path):

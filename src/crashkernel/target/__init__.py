@@ -1,9 +1,9 @@
 """Where a dump goes, and what makes it whole.
 
 `base` (what each is) · `local`, `files` (a file) · `device` (a block device) · `stream` (standard output, and what all streams
-share) · `ssh` · `web` (our receiver) · `saving` (the first target that takes it) · `manifest` · `encryption`; at the other end
-`receiver`, `uploads` and `unpacking`. A target's module, and what it needs of the library, is imported when there is one: the
-capture kernel's initramfs may lack what another's would need.
+share) · `ssh` · `web` (our receiver) · `saving` (the first target that takes it) · `aside` (what may hang) · `manifest` ·
+`encryption`; at the other end `receiver`, `uploads` and `unpacking`. A target's module, and what it needs of the library, is
+imported when there is one: the capture kernel's initramfs may lack what another's would need.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from crashkernel.errors import UsageError
+from crashkernel.target.aside import Kind, kind_of
 from crashkernel.target.base import DUMP, INCOMPLETE, LOG, Heartbeat, Saved, Target, TargetFailed
 from crashkernel.target.encryption import Encryption
 from crashkernel.target.local import FileStreamTarget, FileTarget
@@ -62,13 +63,14 @@ def parse_target(text: str, options: TargetOptions | None = None) -> Target:
         return _network_target(text, options)
     if not text or not text.isprintable():
         raise UsageError(f"{text!r} is no target", hint="give a directory, a file, a block device, -, ssh://… or http(s)://…")
-    if _is_device(text):
+    kind = kind_of(text)
+    if kind is Kind.DEVICE or (kind is Kind.MISSING and _in_dev(text)):
         from crashkernel.target.device import DeviceTarget  # noqa: PLC0415
 
         return DeviceTarget(text, options.encryption)
     if options.encryption:
-        return FileStreamTarget(text, options.encryption)
-    return FileTarget(text)
+        return FileStreamTarget(text, options.encryption, kind)
+    return FileTarget(text, kind)
 
 
 def _network_target(text: str, options: TargetOptions) -> Target:
@@ -116,11 +118,9 @@ def _network_target(text: str, options: TargetOptions) -> Target:
     )
 
 
-def _is_device(path: str) -> bool:
-    """Whether it is a block device; or would be one, if it were there: no file is to be made in /dev, which is memory."""
-    if Path(path).is_block_device():
-        return True
-    return path.startswith("/dev/") and not Path(path).exists() and not path.startswith("/dev/shm/")  # noqa: S108
+def _in_dev(path: str) -> bool:
+    """Whether it would be a device, if it were there: no file is to be made in /dev, which is memory."""
+    return path.startswith("/dev/") and not path.startswith("/dev/shm/")  # noqa: S108
 
 
 def crash_name(host: str, when: float) -> str:

@@ -7,6 +7,7 @@ import os
 import threading
 from pathlib import Path
 
+from crashkernel.target.aside import Kind, kind_of
 from crashkernel.target.base import DUMP, Heartbeat, Saved, TargetFailed
 from crashkernel.target.encryption import SUFFIX, Encryption
 from crashkernel.target.files import create_file, flush, make_directory, name_dump, put_file, write_all
@@ -23,9 +24,11 @@ class Place:
     dump's own name.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, kind: Kind | None = None) -> None:
+        """`kind` is what the path leads to, if that was asked for before."""
         self.path = Path(path)
-        self._own_directory = path.endswith("/") or self.path.is_dir()
+        self._kind = kind_of(path) if kind is None else kind
+        self._own_directory = path.endswith("/") or self._kind is Kind.DIRECTORY
         self.name = f"{'directory' if self._own_directory else 'file'} {path}"
         self.directory = self.path if self._own_directory else self.path.parent
 
@@ -35,6 +38,8 @@ class Place:
         :raise TargetFailed: it does not, or the dump's own name is taken.
         :raise OSError: it cannot be made.
         """
+        if self._kind is Kind.UNKNOWN and self.path.is_dir():  # its disk is slow; or it hangs, and this with it
+            self._own_directory, self.directory = True, self.path
         if not self.directory.is_dir():
             raise TargetFailed(self.name, f"there is no directory {self.directory}", hint="is its file system mounted?")
         if not self._own_directory:
@@ -134,8 +139,8 @@ class Follower:
 class FileTarget:
     """A file, written at any offset and by any number of processes."""
 
-    def __init__(self, path: str) -> None:
-        self._place = Place(path)
+    def __init__(self, path: str, kind: Kind | None = None) -> None:
+        self._place = Place(path, kind)
         self.name = self._place.name
         self.leftover: Path | None = None
         self._alive = Heartbeat()
@@ -197,8 +202,8 @@ class FileTarget:
 class FileStreamTarget(StreamTarget):
     """A file that takes a stream from its first byte to its last: what is encrypted cannot be written at offsets."""
 
-    def __init__(self, path: str, encryption: Encryption) -> None:
-        self._place = Place(path)
+    def __init__(self, path: str, encryption: Encryption, kind: Kind | None = None) -> None:
+        self._place = Place(path, kind)
         super().__init__(self._place.name, encryption)
         self._descriptor: int | None = None
 

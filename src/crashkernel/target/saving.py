@@ -2,7 +2,7 @@
 
 Each target is tried in a process of its own, forked for it. A disk that hangs holds whoever writes to it where no signal is
 heard; a capture kernel that runs out of memory kills; and a library may crash: all of that ends the attempt and not the
-capture, which watches, says what happened, and goes on to the next target.
+capture, which watches, says what happened, and goes on to the next target. So the capture itself touches no target's disk.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from crashkernel.errors import CrashkernelError, EnvironmentFault, UsageError
+from crashkernel.target.aside import aside
 from crashkernel.target.base import Heartbeat, Saved, Target, TargetFailed
 from crashkernel.target.manifest import Contents
 
@@ -70,9 +71,7 @@ def save(
     failures: list[TargetFailed] = []
     leftovers: list[Path] = []
     for number, target in enumerate(targets):
-        for warning in target.warnings():
-            report(warning)
-        attempt = _Attempt(target)
+        attempt = _Attempt(target, report)
         try:
             attempt.start(lambda attempt: attempt.fill(write, crash, files or {}))
             saved = attempt.watch(stall + _GRACE)
@@ -86,18 +85,24 @@ def save(
             report(f"{failure}{left}{following}")
             continue
         for leftover in leftovers:  # part of what is now whole elsewhere, on a disk that may be full because of it
-            with contextlib.suppress(OSError):
-                leftover.unlink()
+            if aside(lambda leftover=leftover: _remove(leftover)) is None:
+                report(f"{leftover} could not be removed")
         return saved
     reasons = "; ".join(str(failure) for failure in failures)
     raise NoTargetLeft(f"the dump is NOT saved: {reasons or 'there is no target'}")
 
 
+def _remove(leftover: Path) -> int:
+    leftover.unlink(missing_ok=True)
+    return 0
+
+
 class _Attempt:
     """One target, tried by a child; the child's messages are tuples with their kind first."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, report: Callable[[str], None]) -> None:
         self.target = target
+        self._report = report
         self.leftover: Path | None = None
         self._alive = Heartbeat()
         self._receive, self._send = Pipe(duplex=False)
@@ -126,6 +131,8 @@ class _Attempt:
     def fill(self, write: Write, crash: str, files: Mapping[str, bytes]) -> Saved:
         """Give the target all it is to have."""
         target = self.target
+        for warning in target.warnings():
+            self._send.send(("warning", warning))
         target.begin(crash, self._alive)
         for name, data in files.items():
             target.put(name, data)
@@ -200,6 +207,8 @@ class _Attempt:
 
     def _hear(self, message: tuple[Any, ...]) -> Saved | None:
         match message:
+            case ("warning", warning):
+                self._report(warning)
             case ("leftover", path):
                 self.leftover = path
             case ("saved", saved):
