@@ -394,6 +394,27 @@ class TestCommands:
         main(["inspect", "--registers", str(path)])
         assert capsys.readouterr().out.count("gpr31") == 2
 
+    @pytest.mark.parametrize(
+        ("count", "words"),
+        [
+            (1, "1 page is zeros because the source would not give it"),
+            (2000, "2,000 pages are zeros because the source would not give them"),
+        ],
+    )
+    def test_pages_that_could_not_be_read_are_in_the_dump_and_told(self, tmp_path, capsys, count, words):
+        made = dump_of()
+        path = stored(tmp_path, made.to_bytes())
+        manifest_of(path, kept=len(made.pages), unreadable=count)
+        assert main(["inspect", str(path)]) == 0
+        out = capsys.readouterr().out
+        assert f"  note      {words}\n" in out
+        assert "left out, by its manifest: 100 free\n" in out
+        assert main(["inspect", "--json", "-", str(path)]) == 0
+        record = json.loads(capsys.readouterr().out)
+        assert (record["unreadable"], "unreadable" in record["dropped_by_class"]) == (count, False)
+        assert main(["verify", str(path)]) == 0
+        assert f"  note: {words}\n" in capsys.readouterr().out
+
     @pytest.mark.parametrize("time", ["9999999999999", "9" * 23, "-1", "1e9"])
     def test_a_crash_time_that_is_none(self, tmp_path, capsys, time):
         made = dump_of()

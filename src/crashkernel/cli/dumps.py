@@ -7,7 +7,6 @@ import json
 import shutil
 import sys
 import time
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -211,13 +210,9 @@ def _pages(found: Inspection) -> Iterator[str]:
     missing = f", {pages.missing:,} of them missing" if pages.missing else ""
     zero = f", {pages.zero:,} of them zeros" if pages.zero else ""
     yield _field("memory", f"{memory}, {pages.memory:,} pages: {pages.kept:,} kept{zero}{missing}; {pages.dropped:,} left out")
-    if found.manifest is not None:
-        classes = asdict(found.manifest.contents.pages)
-        dropped = [
-            f"{classes[name]:,} {name.replace('_', ' ')}" for name in classes if name not in ("kept", "zero") and classes[name]
-        ]
-        if dropped:
-            yield _field("", f"left out, by its manifest: {', '.join(dropped)}")
+    classes = found.dropped_by_class or {}
+    if dropped := [f"{number:,} {name.replace('_', ' ')}" for name, number in classes.items() if number]:
+        yield _field("", f"left out, by its manifest: {', '.join(dropped)}")
     if set(pages.codecs) - {"none"}:
         stored = [f"{number:,} {'as they are' if name == 'none' else name}" for name, number in sorted(pages.codecs.items())]
         yield _field("", f"stored: {', '.join(stored)}")

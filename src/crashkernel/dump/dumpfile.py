@@ -609,7 +609,7 @@ def _open(data: PlainFile, head: bytes) -> Dump:
 
 
 def stored_pages(dump: Dump, level: int | None = None) -> Selection:
-    """What is in the dump, to be written anew; `level` is the dump level that was applied, for plain ELF, which does not say."""
+    """What is in the dump, to be written anew; `level` is its dump level, which plain ELF does not say."""
     return dump.kept if isinstance(dump, KdumpFile) else StoredPages(dump, level)
 
 

@@ -102,13 +102,27 @@ class Inspection:
         record["pages"]["dropped"] = self.pages.dropped
         for cpu in record["cpus"]:
             cpu["registers"] = {name: f"{value:#x}" for name, value in cpu["registers"].items()}
-        record["dropped_by_class"] = None if self.manifest is None else _dropped(self.manifest)
+        record["dropped_by_class"] = self.dropped_by_class
+        record["unreadable"] = None if self.manifest is None else self.manifest.contents.pages.unreadable
         return record
 
+    @property
+    def dropped_by_class(self) -> dict[str, int] | None:
+        """By its manifest, how many pages of each class are not in the dump."""
+        if self.manifest is None:
+            return None
+        pages = asdict(self.manifest.contents.pages)
+        return {name: number for name, number in pages.items() if name not in _KEPT}
 
-def _dropped(manifest: Manifest) -> dict[str, int]:
-    pages = asdict(manifest.contents.pages)
-    return {name: number for name, number in pages.items() if name not in ("kept", "zero")}
+
+_KEPT = ("kept", "zero", "unreadable")  # fields of `PageCounts` that count pages in the dump
+
+
+def _never_read(manifest: Manifest) -> list[str]:
+    """What is to be said of pages that the source would not give when the dump was written: no check of the dump can tell."""
+    count = manifest.contents.pages.unreadable
+    what = "1 page is" if count == 1 else f"{count:,} pages are"
+    return [f"{what} zeros because the source would not give {'it' if count == 1 else 'them'}"] if count else []
 
 
 # ------------------------------------------------------------------------------------------------------------- inspect
@@ -139,6 +153,8 @@ def inspect(dump: Dump, manifest: Manifest | None = None, tell: Tell = lambda *_
     whole = how_whole(dump, pages)
     completeness = whole.completeness
     remarks += whole.reasons
+    if manifest is not None:
+        remarks += _never_read(manifest)
     if manifest is not None and manifest.size != file_size(dump):
         remarks.append(f"its manifest says that it has {manifest.size:,} bytes")
         completeness = "truncated" if manifest.size > file_size(dump) else completeness
@@ -288,6 +304,7 @@ def verify(path: Path, tell: Tell = lambda *_: None) -> Verification:
         faults.add(str(error))
     if manifest is not None:
         checks.append(check_digest(path, manifest, start, faults, tell))
+        remarks += _never_read(manifest)
     if manifest is not None and manifest.encrypted_to is not None:
         remarks.append(f"it is encrypted to {manifest.encrypted_to}: what is in it was not looked at")
         return Verification(str(path), True, tuple(checks), faults.all(), tuple(remarks))
