@@ -31,6 +31,8 @@ from crashkernel.bench.capture import (
     SelectionCheck,
     Speed,
     Trial,
+    fastest,
+    finalists,
     goal,
     ours,
     theirs,
@@ -83,6 +85,14 @@ class TestRounds:
         held = contest.hold(contenders, 4, take, lambda message: None)
         assert "".join(order) == "abcbcacababc"
         assert [each.seconds for each in held.measures["a"]] == [1, 6, 8, 10]
+
+    def test_one_disturbed_trial_does_not_make_makedumpfile_slow(self):
+        """Whatever is not far from the best is in the rounds, and those say what is best."""
+        old, new = (Makedumpfile(version, frozenset(), ()) for version in ("1.7.2", "1.7.8"))
+        trials = {(old, 0): 5.0, (old, 1): 1.1, (old, 2): None, (new, 0): 1.2, (new, 1): 1.0, (new, 2): 1.3}
+        assert finalists(trials) == [(old, 0), (old, 1), (new, 0), (new, 1)]
+        held = rounds(a=(5.0, 0.9, 0.8), b=(1.0, 1.0, 1.0))
+        assert fastest(held, ["a", "b"]) == "a"
 
     def test_goals_are_those_of_the_issue(self):
         assert [(codec, goal(codec, 1), goal(codec, 2)) for codec in CODECS] == [
@@ -696,7 +706,8 @@ class TestCommand:
         assert "+1.0%" in text
         assert "0.98" in text, "parallel efficiency"
         assert "\u2502 1.7.8 " in text
-        assert "makedumpfile 1.7.8 no threads 1.00 s; makedumpfile 1.7.8 2 threads too slow" in text
+        assert "makedumpfile 1.7.8 no threads 1.00 s; makedumpfile 1.7.8 2 threads too slow; best in the rounds: 1.7.8" in text
+        assert "not tried of makedumpfile: --split" in text
         assert "lzo: no makedumpfile here has it" in text
         assert "selection: the same page for page in 1 of 1 dumps" in text
         assert "bytes: right in 1 of 1 dumps, 5 pages" in text

@@ -2,8 +2,8 @@
 
 makedumpfile is Debian's, of its stable and of its newest release, and the host's own for a codec that Debian leaves out, such
 as snappy. Whole processes are measured, as users run them; the vmcore is in the page cache, and the dump goes to memory. For
-each codec the first runs find out what makedumpfile's best is: which build, and how many threads. Against that our runs are
-held, in turn.
+each codec one run of each setting (which build, how many threads) finds out which may be makedumpfile's best. One run can be
+disturbed, so several settings are run in turn with ours, and what is best is settled by these rounds.
 """
 
 from __future__ import annotations
@@ -36,7 +36,11 @@ BIG = (64 << 30, 256 << 30)
 """Bytes of the machines the filter is measured on."""
 
 _FLAGS = {"zlib": ("-c",), "lzo": ("-l",), "snappy": ("-p",), "zstd": ("-z",), "none": ()}
+UNTRIED = "--split, which leaves a dump in several files, and --cyclic-buffer"
+"""What makedumpfile has besides that may change its speed, and is not tried."""
+
 _DEADLINE = 600.0  # seconds for one run
+_FINALISTS = 3  # settings of makedumpfile that are run in turn with ours, besides those without threads
 _HOPELESS = 3  # times makedumpfile's own time without threads; what takes longer with them is not its best setting
 _LEAST = 5.0  # seconds that a run with threads has in any case
 _QUIET = 0.04  # of a section's pages may be kept for it to be repeated in a machine that is captured as a whole
@@ -64,6 +68,21 @@ SIZE_GOAL = 0.02  # by which a zlib dump may be larger
 def goal(codec: str, workers: int) -> float | None:
     """The ratio that is to be reached, where there is one."""
     return next((each.ratio for each in GOALS if (each.codec, each.workers) == (codec, workers)), None)
+
+
+# --------------------------------------------------------------------------------------------------------- makedumpfile's best
+
+
+def finalists(trials: Mapping[tuple[Makedumpfile, int], float | None]) -> list[tuple[Makedumpfile, int]]:
+    """Settings, a program and its threads, that may be the best: all without threads, and the few that took least in trials."""
+    taken = {setting: seconds for setting, seconds in trials.items() if seconds is not None}
+    few = sorted(taken, key=taken.__getitem__)[:_FINALISTS]
+    return [setting for setting in taken if setting in few or not setting[1]]
+
+
+def fastest(rounds: Rounds, names: Sequence[str]) -> str:
+    """The one with the least median."""
+    return min(names, key=lambda name: rounds.seconds(name).median)
 
 
 # ------------------------------------------------------------------------------------------------------------ contenders
@@ -118,7 +137,7 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """One codec: `plain` is makedumpfile without threads, `best` its best setting, both of the fastest build."""
+    """One codec: `plain` is makedumpfile without threads, `best` its best setting, both of the fastest build in the rounds."""
 
     codec: str
     rounds: Rounds
@@ -262,6 +281,7 @@ class Results:
         return {
             "vmcore": self.vmcore,
             "makedumpfile": self.programs,
+            "untried": UNTRIED,
             "speeds": [_speed_record(each) for each in self.speeds],
             "memory": [asdict(each) for each in self.memory],
             "selections": [asdict(each) for each in self.selections],
@@ -369,17 +389,14 @@ class Bench:
             for threads in THREADS:
                 limit = max(_LEAST, _HOPELESS * (plain or _DEADLINE))
                 trials[program, threads] = self._try(theirs(program, self._core, codec, threads), scratch, limit)
-        taken = {setting: seconds for setting, seconds in trials.items() if seconds is not None}
-        plain_setting = min((each for each in taken if not each[1]), key=taken.__getitem__)
-        best_setting = min(taken, key=taken.__getitem__)
-        plain_run, best_run = (
-            theirs(program, self._core, codec, threads) for program, threads in (plain_setting, best_setting)
-        )
+        in_turn = {setting: theirs(setting[0], self._core, codec, setting[1]) for setting in finalists(trials)}
         mine = {workers: ours(self._core, codec, workers) for workers in WORKERS}
-        contenders = [mine[1], plain_run, mine[2], *([best_run] if best_run.name != plain_run.name else [])]
+        contenders = [*mine.values(), *in_turn.values()]
         rounds = contest.hold(contenders, self._runs, lambda each: self._measure(each, scratch), self._progress)
+        plain_run = fastest(rounds, [each.name for (_, threads), each in in_turn.items() if not threads])
+        best = fastest(rounds, [each.name for each in in_turn.values()])
         listed = tuple(Trial(str(program), threads, seconds) for (program, threads), seconds in trials.items())
-        return Speed(codec, rounds, listed, plain_run.name, best_run.name, {number: each.name for number, each in mine.items()})
+        return Speed(codec, rounds, listed, plain_run, best, {number: each.name for number, each in mine.items()})
 
     def _try(self, contender: Contender, scratch: Path, deadline: float) -> float | None:
         self._progress(f"trying {contender.name}")
@@ -484,12 +501,12 @@ class Bench:
             return taken
 
         rounds = contest.hold([*mine.values(), *others], self._runs, take, self._progress)
-        fastest = min((each.name for each in others), key=lambda name: rounds.seconds(name).median)
+        opponent = fastest(rounds, [each.name for each in others])
         for workers, each in mine.items():
-            ratios = rounds.ratio(each.name, fastest), rounds.cpu_ratio(each.name, fastest)
-            seconds = rounds.seconds(each.name), rounds.seconds(fastest)
+            ratios = rounds.ratio(each.name, opponent), rounds.cpu_ratio(each.name, opponent)
+            seconds = rounds.seconds(each.name), rounds.seconds(opponent)
             peak = contest.peak_memory(each, scratch, _DEADLINE)
-            self.results.filters.append(FilterSpeed(memory, workers, fastest, *ratios, *seconds, peak))
+            self.results.filters.append(FilterSpeed(memory, workers, opponent, *ratios, *seconds, peak))
         self._progress(f"what {self._newest} reports of {memory >> 30} GiB")
         reporting = filtering(self._newest)
         counts = PageCounts.from_report(contest.measure_said(reporting, scratch, _DEADLINE)[1], dumps.Memory(big).twice)

@@ -48,11 +48,12 @@ _CAPTURE_EPILOG = """examples:
   crashkernel bench capture --runs 9 --json capture.json
 
 On a real vmcore of 4 GiB, made once (a Debian kernel that dies in QEMU), whole processes in turn: our capture and Debian's
-makedumpfile, its stable and its newest build, for each codec. makedumpfile's best setting is looked for first. Then the pages
-both select at every level, and every byte of every kept page, are held against each other and the vmcore; at last
-one pass of both filters over a machine of 64 and one of 256 GiB, which are sparse files, and whole captures of such.
+makedumpfile, its stable and its newest build, for each codec. makedumpfile's best setting is looked for first, and among those
+that come near it settled in the rounds. Then the pages both select at every level, and every byte of every kept page, are held
+against each other and the vmcore; at last one pass of both filters over a machine of 64 and one of 256 GiB, which are sparse
+files, and whole captures of such: what they find and keep is held against each other too.
 
-exit status: 0 measured, and selections and bytes are right, 1 some are not, 2 usage, 3 this machine lacks something
+exit status: 0 measured, and selections, bytes and counts are right, 1 some are not, 2 usage, 3 this machine lacks something
 """
 
 
@@ -239,10 +240,13 @@ def _capture(arguments: argparse.Namespace) -> int:
 
 
 def _show_capture(results: Results, console: Console) -> None:
+    from crashkernel.bench.capture import UNTRIED  # noqa: PLC0415
+
     console.print(f"{results.vmcore}; {', '.join(results.programs)}")
     console.print(_speeds(results))
     for speed in results.speeds:
-        console.print(f"{speed.codec}: {_trials(speed)}", markup=False)
+        console.print(f"{speed.codec}: {_trials(speed)}; best in the rounds: {_opponent(speed.best)}", markup=False)
+    console.print(f"not tried of makedumpfile: {UNTRIED}")
     for codec in results.unmatched:
         console.print(f"{codec}: no makedumpfile here has it; one on PATH that has would be measured")
     console.print(_memories(results))
