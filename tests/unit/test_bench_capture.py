@@ -20,6 +20,7 @@ from rich.console import Console
 
 from crashkernel.bench import bigcore, contest, dumps, filterpass, makedumpfile, vmcore
 from crashkernel.bench.capture import (
+    _FILTERED,
     BIG,
     CODECS,
     BigCapture,
@@ -150,7 +151,14 @@ class TestMeasure:
             pass
 
     def test_up_to_a_line(self):
-        assert contest.measure_to(("sh", "-c", "echo nothing; echo STEP [one]; sleep 600"), "STEP [one]", 60).seconds < 60
+        assert contest.measure_to(("sh", "-c", "echo nothing; echo STEP [one]; sleep 600"), r"STEP \[one", 60).seconds < 60
+
+    def test_up_to_the_end_of_makedumpfiles_last_cycle(self):
+        """Each cycle looks for holes and excludes pages; it looks for them once more when it begins to write."""
+        holes, exclude = "STEP [Checking for memory holes  ] : 0.0 seconds", "STEP [Excluding unnecessary pages] : 0.1 seconds"
+        script = "; ".join(f"echo '{line}'; sleep 0.1" for line in (holes, exclude, holes, exclude, holes, holes))
+        taken = contest.measure_to(("sh", "-c", f"{script}; sleep 600"), _FILTERED, 60)
+        assert 0.5 <= taken.seconds < 60
 
     def test_a_line_that_never_comes(self):
         with pytest.raises(EnvironmentFault, match="sh ended without saying 'STEP': that was all"):

@@ -44,7 +44,11 @@ _FINALISTS = 3  # settings of makedumpfile that are run in turn with ours, besid
 _HOPELESS = 3  # times makedumpfile's own time without threads; what takes longer with them is not its best setting
 _LEAST = 5.0  # seconds that a run with threads has in any case
 _QUIET = 0.04  # of a section's pages may be kept for it to be repeated in a machine that is captured as a whole
-_FILTERED = "STEP [Excluding unnecessary pages]"  # said at the end of makedumpfile's filter
+_FILTERED = r"STEP \[Checking for memory holes .*\n.*STEP \[Checking for memory holes "
+"""Said when makedumpfile has gone over all pages once: it begins to write then.
+
+Its bitmap holds so many of them (128 GiB of 4 KiB pages), so it goes in cycles. Each looks for holes, then it excludes pages.
+"""
 _REPORTING = "16"  # message level: what it is at, and how many pages of each class there are
 
 

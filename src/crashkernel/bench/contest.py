@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -216,8 +217,10 @@ def parse_rollup(lines: Sequence[str]) -> tuple[int, int] | None:
     return sizes["Pss:"], sizes["Pss:"] - sizes.get("Pss_File:", 0)
 
 
-def measure_to(command: Sequence[str], text: str, deadline: float) -> Measure:
-    """Run a program until it says `text`, then end it; what it took till then. It has a terminal, so that it speaks at once.
+def measure_to(command: Sequence[str], pattern: str, deadline: float) -> Measure:
+    """Run a program until what it says has `pattern`, then end it; what it took till then.
+
+    It has a terminal, so that it speaks at once.
 
     :raise TooSlow: it said nothing of the kind within `deadline` seconds.
     :raise EnvironmentFault: it ended before it did.
@@ -234,14 +237,14 @@ def measure_to(command: Sequence[str], text: str, deadline: float) -> Measure:
             timer.start()
             said = b""
             try:
-                while text.encode() not in said:
+                while not re.search(pattern.encode(), said):
                     said = said[-(1 << 12) :] + os.read(ours, 1 << 16)
                 seconds = time.perf_counter() - started
             except OSError:  # EIO: nobody has the other end any more (pty(7))
                 if time.perf_counter() - started >= deadline:
                     raise TooSlow(name, deadline) from None
                 last = said.decode(errors="replace").replace("\r", "\n").strip().splitlines()[-1:]
-                raise EnvironmentFault(f"{name} ended without saying {text!r}: {''.join(last)}") from None
+                raise EnvironmentFault(f"{name} ended without saying {pattern!r}: {''.join(last)}") from None
             finally:
                 timer.cancel()
                 process.kill()
