@@ -205,6 +205,26 @@ class TestWholeOrNotAtAll:
         self.nothing_but(tmp_path, "in")
 
     @pytest.mark.parametrize("form", ["kdump", "flattened"])
+    @pytest.mark.parametrize("how", ["sparse", "stream", "stdin", "a page"])
+    def test_a_byte_that_is_put_far_behind_everything_fills_no_disk(self, tmp_path, monkeypatch, form, how):
+        made = dump_of()
+        data = bytearray(made.to_bytes())
+        source = tmp_path / "in"
+        if how == "a page":  # is where its descriptor says
+            row = made.places["descriptors"]
+            data[row : row + 12] = (1 << 40).to_bytes(8, "little") + (1).to_bytes(4, "little")
+        stream = write_flattened([(0, bytes(data)), (1 << 40, b"x")])
+        source.write_bytes(data if how == "sparse" else stream)
+        if how == "sparse":
+            os.truncate(source, 1 << 40)
+        if how == "stdin":
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stream)))
+            source = STANDARD
+        with pytest.raises(FormatError, match=r"it ends at 0x1000000000\d, far behind|about a file of 1,099,511,627,777"):
+            convert(source, tmp_path / "out", form)
+        self.nothing_but(tmp_path, "in")
+
+    @pytest.mark.parametrize("form", ["kdump", "flattened"])
     @pytest.mark.parametrize("codec", [None, "zstd"])
     def test_a_disk_that_is_full(self, tmp_path, form, codec):
         (tmp_path / "in").write_bytes(dump_of().to_bytes())

@@ -223,13 +223,33 @@ def _write_whole(output: Path, write: Callable[[int], Contents | None], tell: Te
         raise EnvironmentFault(f"cannot write {output}: {error.strerror}") from error
 
 
+_PADDING = 1 << 26
+"""Bytes that a dump has beside its headers and pages at the most: erase information, and what its writer aligned."""
+
+
 def _move(dump: KdumpFile, descriptor: int, form: Form, tell: Tell) -> None:
-    """Write a dump's bytes as they are, as a file or as a flattened stream."""
+    """Write a dump's bytes as they are, as a file or as a flattened stream.
+
+    :raise FormatError: it ends far behind all that it has: one record of a stream, put there, would fill the disk.
+    :raise EnvironmentFault: it became shorter meanwhile.
+    """
+    header, size = dump.header, dump.data.size
+    # each page's data at their largest
+    end = header.descriptors_offset + dump.pages * (diskdump.DESCRIPTOR_SIZE + dump.page_size)
+    # what of a stream no record is about is zeros, as parts of the bitmaps can be
+    stored = dump.data.stored + 2 * -(-dump.max_pfn // 8)
+    if size > min(end, stored) + _PADDING:
+        raise FormatError(
+            f"it ends at {size:#x}, far behind all that is in it",
+            source=dump.name,
+            hint="a damaged stream, or a device that is larger than its dump",
+        )
     if form == "flattened":
         write_all(descriptor, flattened.HEADER)
-    size = dump.data.size
     for at in range(0, size, _COPY_SIZE):
-        data = dump.data.read(at, _COPY_SIZE)
+        data = dump.data.read(at, min(_COPY_SIZE, size - at))
+        if len(data) < min(_COPY_SIZE, size - at):
+            raise EnvironmentFault(f"{dump.name} ends at offset {at + len(data):#x}: it became shorter while it was read")
         if form == "flattened":
             write_all(descriptor, flattened.record_header(at, len(data)))
         write_all(descriptor, data)
