@@ -726,6 +726,41 @@ class TestCommand:
         assert "filter, 256 GiB, 1 worker: each class's pages are as makedumpfile 1.7.8 reports them" in text
         assert "whole capture, 256 GiB, 2 workers: 9.0 s against 12.0 s; peak 70 MiB; the same pages" in text
 
+    def test_missed_goals_are_in_the_table_and_in_the_last_line(self):
+        text = shown(results())
+        assert text.splitlines()[-1] == (
+            "goals missed: zstd, 1 worker: time 1.20, not 1.00; zstd, 2 workers: time 0.61, not 0.55"
+        )
+        assert "goals not measured: lzo, 1 worker; snappy, 1 worker; zlib, 1 worker; lzo, 2 workers; zlib, 2 workers" in text
+        assert [line.split("\u2502")[-2].strip() for line in text.splitlines() if "\u2502 zstd" in line] == ["time", "time"]
+
+    def test_no_missed_goal_is_said_too(self):
+        found = results()
+        found.speeds = []
+        assert shown(found).splitlines()[-1] == "goals missed: none"
+
+    def test_a_filter_slower_than_makedumpfiles_misses_its_goal(self):
+        found = results()
+        found.filters = [dataclasses.replace(each, ratio=Ratio(1.001, 0.9, 1.2)) for each in found.filters]
+        assert shown(found).splitlines()[-1].endswith("; filter, 256 GiB, 1 worker: time 1.001, not 1.00")
+
+    @pytest.mark.parametrize(
+        ("codec", "size", "missed"),
+        [("zlib", 1020, []), ("zlib", 1021, ["size"]), ("zlib", 900, []), ("lzo", 1100, [])],
+    )
+    def test_only_a_zlib_dump_must_have_makedumpfiles_size(self, codec, size, missed):
+        taken = {"one": Measure(0.5, 1, size), "two": Measure(0.25, 1, size), "their": Measure(1.0, 1, 1000)}
+        held = Rounds({name: (measure,) for name, measure in taken.items()})
+        speed = Speed(codec, held, (), "their", "their", {1: "one", 2: "two"})
+        assert [each.what for each in speed.missed(1)] == missed
+        assert list(speed.missed(2)) == []
+
+    @pytest.mark.parametrize(("seconds", "missed"), [(0.29, []), (0.278, []), (0.277, []), (0.2999, ["parallel efficiency"])])
+    def test_two_workers_are_to_be_efficient(self, seconds, missed):
+        held = rounds(one=(0.53,), two=(seconds,), their=(1.0,))
+        speed = Speed("zlib", held, (), "their", "their", {1: "one", 2: "two"})
+        assert [each.what for each in speed.missed(2)] == missed
+
     def test_what_is_wrong_is_named(self):
         assert results().right
         assert not results(right=False).right
@@ -750,6 +785,9 @@ class TestCommand:
         }
         assert record["speeds"][0]["goals"] == {"1": 1.0, "2": 0.55}
         assert record["speeds"][0]["sizes"] == [1010, 1000]
+        assert record["speeds"][0]["missed"] == {"1": ["time"], "2": ["time"]}
+        assert record["missed"][1] == {"where": "zstd, 2 workers", "what": "time", "found": 0.61, "goal": 0.55}
+        assert {"codec": "snappy", "workers": 1, "ratio": 1.1} in record["unmeasured"]
         assert (record["filters"][0]["memory"], record["filters"][0]["workers"]) == (256 << 30, 1)
         assert record["filter_checks"][0]["counts"]["free"] == 726541
 

@@ -65,8 +65,9 @@ GOALS = (
     Goal("zstd", 1, 1.0), Goal("lzo", 1, 1.1), Goal("snappy", 1, 1.1), Goal("zlib", 1, 0.55),
     Goal("zstd", 2, 0.55), Goal("lzo", 2, 0.65), Goal("zlib", 2, 0.3),
 )  # fmt: skip
-EFFICIENCY_GOAL = 0.9
+EFFICIENCY_GOAL = 0.9  # of two workers, where there is a goal for their time
 SIZE_GOAL = 0.02  # by which a zlib dump may be larger
+FILTER_GOAL = 1.0  # of the time of makedumpfile's filter
 
 
 def goal(codec: str, workers: int) -> float | None:
@@ -140,6 +141,20 @@ class Trial:
 
 
 @dataclass(frozen=True, slots=True)
+class Missed:
+    """A goal that was missed: `found` is what `what` is, as a part of makedumpfile's unless it is the efficiency."""
+
+    where: str
+    what: str
+    found: float
+    goal: float
+
+    def __str__(self) -> str:
+        digits = next((digits for digits in range(2, 6) if round(self.found, digits) != round(self.goal, digits)), 6)
+        return f"{self.where}: {self.what} {self.found:.{digits}f}, not {self.goal:.2f}"
+
+
+@dataclass(frozen=True, slots=True)
 class Speed:
     """One codec: `plain` is makedumpfile without threads, `best` its best setting, both of the fastest build in the rounds."""
 
@@ -171,6 +186,20 @@ class Speed:
     def sizes(self) -> tuple[int, int]:
         """Bytes of our dump and of makedumpfile's."""
         return self.rounds.size(self.names[1]), self.rounds.size(self.plain)
+
+    def missed(self, workers: int) -> Iterator[Missed]:
+        """What is worse than its goal with so many workers: by medians, and not rounded."""
+        where = f"{self.codec}, {_workers(workers)}"
+        wanted = goal(self.codec, workers)
+        if wanted is None:
+            return
+        if (ratio := self.ratio(workers).median) > wanted:
+            yield Missed(where, "time", ratio, wanted)
+        if workers > 1 and (efficiency := self.efficiency.median) < EFFICIENCY_GOAL:
+            yield Missed(where, "parallel efficiency", efficiency, EFFICIENCY_GOAL)
+        mine, other = self.sizes
+        if self.codec == "zlib" and workers == 1 and mine > other * (1 + SIZE_GOAL):
+            yield Missed(where, "size", mine / other, 1 + SIZE_GOAL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +245,12 @@ class FilterSpeed:
     ours: Ratio
     theirs: Ratio
     peak: Peak
+
+    @property
+    def missed(self) -> tuple[Missed, ...]:
+        """Whether it is slower than makedumpfile's."""
+        where = f"filter, {self.memory >> 30} GiB, {_workers(self.workers)}"
+        return (Missed(where, "time", self.ratio.median, FILTER_GOAL),) if self.ratio.median > FILTER_GOAL else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,6 +309,17 @@ class Results:
         return tuple(codec for codec in CODECS if codec not in {each.codec for each in self.speeds})
 
     @property
+    def missed(self) -> tuple[Missed, ...]:
+        """Every goal that was missed."""
+        of_speeds = (each for speed in self.speeds for workers in WORKERS for each in speed.missed(workers))
+        return (*of_speeds, *(each for speed in self.filters for each in speed.missed))
+
+    @property
+    def unmeasured(self) -> tuple[Goal, ...]:
+        """Goals of codecs that no makedumpfile here has."""
+        return tuple(each for each in GOALS if each.codec in self.unmatched)
+
+    @property
     def right(self) -> bool:
         """Whether every selection, every byte and every count of a filter is as it should be."""
         comparisons = [*(each.comparison for each in self.selections), *(each.comparison for each in self.big)]
@@ -286,6 +332,8 @@ class Results:
             "vmcore": self.vmcore,
             "makedumpfile": self.programs,
             "untried": UNTRIED,
+            "missed": [asdict(each) for each in self.missed],
+            "unmeasured": [asdict(each) for each in self.unmeasured],
             "speeds": [_speed_record(each) for each in self.speeds],
             "memory": [asdict(each) for each in self.memory],
             "selections": [asdict(each) for each in self.selections],
@@ -306,6 +354,7 @@ def _speed_record(speed: Speed) -> dict[str, object]:
         "ratios": {workers: asdict(speed.ratio(workers)) for workers in WORKERS},
         "cpu_ratios": {workers: asdict(speed.cpu_ratio(workers)) for workers in WORKERS},
         "goals": {workers: goal(speed.codec, workers) for workers in WORKERS},
+        "missed": {workers: [each.what for each in speed.missed(workers)] for workers in WORKERS},
         "efficiency": asdict(speed.efficiency),
         "sizes": speed.sizes,
     }

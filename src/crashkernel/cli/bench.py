@@ -288,6 +288,13 @@ def _show_capture(results: Results, console: Console) -> None:
             + ", ".join(f"{pfn:#x}" for pfn in big.comparison.examples),
             style="" if big.comparison.same else "bold red",
         )
+    if results.unmeasured:
+        names = "; ".join(
+            f"{each.codec}, {each.workers} worker{'s' if each.workers > 1 else ''}" for each in results.unmeasured
+        )
+        console.print(f"goals not measured: {names}")
+    missed = "; ".join(map(str, results.missed))
+    console.print(f"goals missed: {missed or 'none'}", style="yellow" if missed else "", markup=False)
 
 
 def _ratio(ratio: Ratio) -> str:
@@ -297,20 +304,20 @@ def _ratio(ratio: Ratio) -> str:
 def _speeds(results: Results) -> Any:
     from rich.table import Table  # noqa: PLC0415
 
-    from crashkernel.bench.capture import EFFICIENCY_GOAL, WORKERS, goal  # noqa: PLC0415
+    from crashkernel.bench.capture import WORKERS, goal  # noqa: PLC0415
 
     table = Table()
     for title in ("codec", "workers", "makedumpfile"):
         table.add_column(title)
     for title in ("time", "goal", "CPU time", "seconds", "theirs", "efficiency", "size"):
         table.add_column(title, justify="right")
+    table.add_column("missed")
     for speed in results.speeds:
         mine, theirs = speed.sizes
         for workers in WORKERS:
             ratio, wanted = speed.ratio(workers), goal(speed.codec, workers)
             efficiency = speed.efficiency.median if workers > 1 else None
-            missed = wanted is not None and ratio.median > wanted
-            slack = efficiency is not None and wanted is not None and efficiency < EFFICIENCY_GOAL
+            missed = ", ".join(each.what for each in speed.missed(workers))
             table.add_row(
                 speed.codec,
                 str(workers),
@@ -322,7 +329,8 @@ def _speeds(results: Results) -> Any:
                 f"{speed.rounds.seconds(speed.opponent(workers)).median:.2f}",
                 "" if efficiency is None else f"{efficiency:.2f}",
                 f"{mine / 1e6:.1f} MB, {mine / theirs - 1:+.1%}",
-                style="yellow" if missed or slack else "",
+                missed,
+                style="yellow" if missed else "",
             )
     return table
 
