@@ -579,6 +579,57 @@ def test_what_is_not_ours_is_not_overwritten(tmp_path, at, magic, what):
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(
+    ("at", "magic"),
+    [
+        (510, b"\x55\xaa"),
+        (512, b"EFI PART"),
+        (0x438, b"\x53\xef"),
+        (0x200, b"LABELONE"),
+        (0x1000, b"\xfc\x4e\x2b\xa9"),
+        (0x4000, b"\1\1\0\0\0\0\0\0\0\0\0\1\0\0\0\x24"),  # a pool's nvlist
+        (0xFFF6, b"SWAPSPACE2"),
+        (0x10040, b"_BHRfS_M"),
+        (0x20000, b"\x0c\xb1\xba\0"),  # an uberblock
+        (ROOM - 8192, b"\xfc\x4e\x2b\xa9"),
+        (ROOM - 512, b"EFI PART"),
+    ],
+)
+def test_what_a_device_was_used_for_after_a_dump_is_not_overwritten(tmp_path, at, magic, whole):
+    path = device(tmp_path)
+    if whole:
+        save(writer(SIZE), [DeviceTarget(str(path))], CRASH, files=FILES)
+    else:
+        with pytest.raises(NoTargetLeft):
+            save(raising(OSError(errno.EIO, "x")), [DeviceTarget(str(path))], CRASH)
+    with path.open("r+b") as file:
+        os.pwrite(file.fileno(), magic, at)
+    before = path.read_bytes()
+    with pytest.raises(NoTargetLeft, match=r"it holds .*not to be overwritten"):
+        save(writer(SIZE), [DeviceTarget(str(path))], CRASH, files=FILES)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("written", [0, 512, 0xF000, 0xF000 + 512, 0xFF000])
+@pytest.mark.parametrize("step", range(4))
+def test_a_head_that_is_half_written_is_ours(tmp_path, written, step):
+    whole = DeviceHead(Manifest("vmcore", 7, Digest("00" * 32), contents()), "an old log, née\n".encode() * 100)
+    heads = [whole, DeviceHead(None, b""), DeviceHead(None, b"log"), DeviceHead(whole.manifest, b"log"), DeviceHead(None, b"")]
+    old, new = (head.to_bytes() for head in heads[step : step + 2])
+    path = device(tmp_path)
+    with path.open("r+b") as file:
+        file.write(old[:0x1000] + new[0x1000 : 0x1000 + written] + old[0x1000 + written :])
+    save(writer(SIZE), [DeviceTarget(str(path))], CRASH, files=FILES)
+    assert open_device_dump(path)[1] == SIZE
+
+
+def test_a_dump_may_reach_a_devices_end(tmp_path):
+    path = device(tmp_path)
+    for _ in range(2):
+        save(writer(ROOM - (1 << 20)), [DeviceTarget(str(path))], CRASH, files=FILES)
+
+
 def test_a_device_that_is_missing_is_no_file_to_be_made():
     target = parse_target("/dev/no-such-device")
     with pytest.raises(NoTargetLeft, match="there is no such device"):

@@ -12,7 +12,7 @@ The first MiB is ours, the dump begins behind it (all numbers big-endian)::
 
 The head is written as incomplete, and flushed, before the first byte of a dump; and as whole when all bytes and the manifest
 are flushed. So at every instant the device either does not claim to hold a dump, or holds it. Only a device is taken that
-nobody uses (O_EXCL: not mounted, no part of a RAID, no swap) and that is blank or bears this head already.
+nobody uses (O_EXCL: not mounted, no part of a RAID, no swap) and that is blank or bears this head, and nothing else.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ _SIGNATURES = (  # (offset, bytes, what it is): libblkid's superblocks and parti
     (0, b"\x7fELF", "a dump without our head"),
 )
 _GPT = b"EFI PART"
+_TEXT = b"\0\t\n\r\x1b" + bytes(range(0x20, 0x7F))
+_AGE = b"age-encryption.org/"  # how an encrypted log begins
 _RAID = (b"\xfc\x4e\x2b\xa9", b"\xa9\x2b\x4e\xfc")  # md_p.h, MD_SB_MAGIC in either byte order
 _TAIL = 1 << 17
 """Bytes at a device's end where a GPT's copy and the superblocks of RAID 0.90 and 1.0 lie."""
@@ -233,18 +235,56 @@ class DeviceTarget(StreamTarget):
 
 
 def _stranger(descriptor: int) -> str:
-    """What a device holds that is not ours to overwrite; "" if it is blank, or our own."""
+    """What a device holds that is not ours to overwrite; "" if it is blank, or our own.
+
+    Our magic is not enough: what was given the device later need not touch its first bytes (ZFS, LVM, a RAID's superblock).
+    """
     start = os.pread(descriptor, DUMP_OFFSET, 0)
-    if start.startswith(_MAGIC):
-        return ""
-    for at, magic, what in _SIGNATURES:
-        if start[at : at + len(magic)] == magic:
-            return what
     end = os.lseek(descriptor, 0, os.SEEK_END)
     tail_offset = max(0, end - _TAIL) & ~0xFFF
+    head = _own_head(start)
+    if head is None:
+        for at, magic, what in _SIGNATURES:
+            if start[at : at + len(magic)] == magic:
+                return what
+    elif head.manifest and DUMP_OFFSET + head.manifest.size > tail_offset:
+        return ""  # what lies there is the dump's
     tail = os.pread(descriptor, _TAIL + 0x1000, tail_offset)
+    if what := _at_either_end(start, tail):
+        return what
+    if head or start.count(0) == len(start) or (start.startswith(_MAGIC) and _half_written(start)):
+        return ""
+    return "something unknown"
+
+
+def _at_either_end(start: bytes, tail: bytes) -> str:
     if _GPT in (start[512:520], start[4096:4104], tail[-512:][:8], tail[-4096:][:8]):
         return "a partition table"
-    if any(tail[at : at + 4] in _RAID for at in range(0, len(tail), 0x1000)):
-        return "a part of a RAID"
-    return "something unknown" if start.count(0) != len(start) else ""
+    return "a part of a RAID" if any(tail[at : at + 4] in _RAID for at in range(0, len(tail), 0x1000)) else ""
+
+
+def _own_head(start: bytes) -> DeviceHead | None:
+    """The head that a device begins with, if there is nothing else in its first MiB."""
+    try:
+        head = DeviceHead.from_bytes(start)
+    except FormatError:
+        return None
+    return head if head.to_bytes() == start else None
+
+
+def _half_written(start: bytes) -> bool:
+    """Whether this may be a head of which some was there and the rest was not yet when the power failed.
+
+    Its first page is written at once, after all else: so it is whole, and what does not go with it is text, the manifest's or
+    the log's, or zeros. Superblocks are neither.
+    """
+    _, version, state, _, manifest_size, log_size = _HEAD.unpack_from(start)
+    page, manifest, log = start[:_MANIFEST_OFFSET], start[_MANIFEST_OFFSET:_LOG_OFFSET], start[_LOG_OFFSET:]
+    return (
+        (version, state) in ((_VERSION, _INCOMPLETE), (_VERSION, _WHOLE))
+        and manifest_size <= len(manifest)
+        and log_size <= _LOG_ROOM
+        and not page[_HEAD.size + _HASH_SIZE :].strip(b"\0")
+        and not manifest.translate(None, _TEXT)
+        and (log.startswith(_AGE) or not log.translate(None, _TEXT + bytes(range(0x80, 0x100))))
+    )

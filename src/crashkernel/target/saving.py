@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from multiprocessing.connection import Pipe
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -85,7 +86,7 @@ def save(
             report(f"{failure}{left}{following}")
             continue
         for leftover in leftovers:  # part of what is now whole elsewhere, on a disk that may be full because of it
-            if aside(lambda leftover=leftover: _remove(leftover)) is None:
+            if aside(partial(_remove, leftover)) is None:
                 report(f"{leftover} could not be removed")
         return saved
     reasons = "; ".join(str(failure) for failure in failures)
