@@ -337,6 +337,25 @@ class TestStandardStreams:
             convert(STANDARD, tmp_path / "out", "kdump")
         assert not list(tmp_path.iterdir())
 
+    @pytest.mark.parametrize(
+        ("how", "message"),
+        [
+            ("no dump", "^standard input: neither an ELF vmcore nor"),
+            ("incomplete", "^standard input is incomplete"),
+            ("damaged", "^standard input: a page of it cannot be read"),
+        ],
+    )
+    def test_what_comes_in_and_is_no_whole_dump_is_called_by_its_name(self, tmp_path, monkeypatch, how, message):
+        made = dump_of(status=9 if how == "incomplete" else None)
+        data = bytearray(made.to_bytes())
+        if how == "damaged":
+            data[made.places[max(made.pages)]] ^= 0xFF
+        stream = b"hello, world" if how == "no dump" else write_flattened(in_records(bytes(data), 5000))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stream)))
+        with pytest.raises((FormatError, VerificationError), match=message):
+            convert(STANDARD, tmp_path / "out", "flattened", "zstd")
+        assert not list(tmp_path.iterdir())
+
     @pytest.mark.parametrize("form", ["flattened", "elf"])
     @pytest.mark.parametrize("to", ["pipe", "file", "appended"])
     def test_what_goes_out(self, tmp_path, form, to):

@@ -22,7 +22,7 @@ from crashkernel.capture.writer import Progress, Written, write_dump
 from crashkernel.dump.dumpfile import Dump, KdumpFile, count_pages, how_whole, open_dump, stored_pages
 from crashkernel.dump.inspection import Counter, Tell, check_digest, find_manifest
 from crashkernel.dump.structure import FaultList
-from crashkernel.errors import EnvironmentFault, FormatError, UsageError, VerificationError
+from crashkernel.errors import CrashkernelError, EnvironmentFault, FormatError, UsageError, VerificationError
 from crashkernel.formats import diskdump, flattened
 from crashkernel.formats.elf import EM_PPC64
 from crashkernel.target.files import create_file, flush_directory, give_name, name_dump, write_all
@@ -185,7 +185,12 @@ def _spooled(output: Path) -> Iterator[Path]:
             unpacker.finish()
         except OSError as error:
             raise EnvironmentFault(f"cannot keep what comes in on standard input: {error.strerror}") from error
-        yield Path(spool.name)
+        try:
+            yield Path(spool.name)
+        except CrashkernelError as error:  # of a file that nobody but us has heard of
+            error.message = error.message.replace(spool.name, "standard input")
+            error.args = (error.message,)
+            raise
 
 
 def _write_out(write: Callable[[int], object]) -> None:
