@@ -13,7 +13,7 @@ from crashkernel.dump import bitmap, dumpbytes, dumpfile, structure
 from crashkernel.dump.dumpbytes import FlattenedFile, PlainFile
 from crashkernel.dump.dumpfile import DamagedPage, KdumpFile, StoredPages, cut_off, is_flattened, open_dump, stored_pages
 from crashkernel.dump.structure import check_structure
-from crashkernel.errors import CrashkernelError, EnvironmentFault, FormatError
+from crashkernel.errors import CrashkernelError, EnvironmentFault, FormatError, UsageError
 from crashkernel.memory import Range, RangeSet
 from crashkernel.vmcore.source import ElfVmcore, MissingMemory
 from support.capture import all_chunks
@@ -526,10 +526,13 @@ class TestRefusals:
             opened(tmp_path, Kdump(pages(range(0, 100, 2))))
 
     def test_what_is_no_file(self, tmp_path):
-        with pytest.raises(EnvironmentFault, match="cannot open"):
-            open_dump(tmp_path / "nothing")
-        with pytest.raises(EnvironmentFault, match=r"cannot be read|cannot read"):
-            open_dump(tmp_path)
+        for path, message in (
+            (tmp_path / "nothing", "there is no "),
+            (tmp_path, "is a directory, not a dump"),
+            (tmp_path / ("x" * 300), "File name too long"),
+        ):
+            with pytest.raises(UsageError, match=message):
+                open_dump(path)
         os.mkfifo(tmp_path / "pipe")
         writer = os.open(tmp_path / "pipe", os.O_RDWR)
         with pytest.raises(EnvironmentFault, match="a dump must be a file"):

@@ -467,6 +467,31 @@ class TestCommands:
         assert len(lines) == 1
         assert "neither an ELF vmcore nor" in lines[0]
 
+    @pytest.mark.parametrize("arguments", [["inspect"], ["verify"], ["convert", "--format", "flattened"]])
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            (".", ". is a directory, not a dump"),
+            ("", ". is a directory, not a dump"),
+            ("/", "/ is a directory, not a dump"),
+            ("..", ".. is a directory, not a dump"),
+            ("nothing", "there is no nothing"),
+            ("nothing/within", "there is no nothing/within"),
+            ("x" * 300, "File name too long"),
+        ],
+    )
+    def test_a_name_that_is_no_file_s(self, tmp_path, capsys, monkeypatch, arguments, name, message):
+        monkeypatch.chdir(tmp_path)
+        assert main([*arguments, name, *(["out"] if arguments[0] == "convert" else [])]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1
+        assert message in lines[0]
+
+    def test_a_name_so_long_that_its_manifest_has_none(self, tmp_path, capsys):
+        path = stored(tmp_path, dump_of().to_bytes(), "x" * 250)
+        assert [main([command, str(path)]) for command in ("inspect", "verify")] == [0, 0]
+        assert "cannot read" not in capsys.readouterr().out
+
     def test_a_python_without_numpy(self, tmp_path, capsys, monkeypatch):
         monkeypatch.setitem(sys.modules, "numpy", None)
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -19,7 +19,7 @@ from crashkernel.capture.codec import CODECS, Codec, codec_by_name, codec_for_fl
 from crashkernel.capture.crew import Crew
 from crashkernel.capture.selection import DL_ZERO, PageClass, Selection
 from crashkernel.capture.writer import Progress, Written, write_dump
-from crashkernel.dump.dumpfile import Dump, KdumpFile, count_pages, how_whole, open_dump, stored_pages
+from crashkernel.dump.dumpfile import Dump, KdumpFile, count_pages, how_whole, open_dump, require_file, stored_pages
 from crashkernel.dump.inspection import Counter, Tell, check_digest, find_manifest
 from crashkernel.dump.structure import FaultList
 from crashkernel.errors import CrashkernelError, EnvironmentFault, FormatError, UsageError, VerificationError
@@ -72,8 +72,10 @@ def convert(
         )
     if form == "elf" and codec not in (None, "none"):
         raise UsageError(f"a plain ELF dump is not compressed with {codec}", hint="leave --codec out")
+    if source != STANDARD:
+        require_file(source)
     if output != STANDARD and os.path.lexists(output):
-        same = source != STANDARD and source.exists() and output.exists() and source.samefile(output)
+        same = source != STANDARD and output.exists() and source.samefile(output)
         raise UsageError(
             f"{output} is the dump to be converted" if same else f"{output} is there already",
             hint="give the name of a new file",
@@ -82,8 +84,6 @@ def convert(
         path = source
         if source == STANDARD:
             path = stack.enter_context(_spooled(output))
-        elif not source.exists():
-            raise UsageError(f"there is no {source}")
         manifest = _checked_manifest(path, tell) if source != STANDARD else None
         dump = open_dump(path)
         stack.callback(dump.close)

@@ -10,6 +10,7 @@ dumped before each block of some thousand. From that and one block of the bitmap
 from __future__ import annotations
 
 import os
+import stat
 from bisect import bisect_left, bisect_right
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from crashkernel.capture.codec import Codec, codec_for_flag
 from crashkernel.capture.selection import MAX_DUMP_LEVEL, Chunk, Findings, PageClass, Selection
 from crashkernel.dump.bitmap import PIECE, Bitmap, Directory, Pfns, runs
 from crashkernel.dump.dumpbytes import DumpBytes, FlattenedFile, PlainFile
-from crashkernel.errors import EnvironmentFault, FormatError
+from crashkernel.errors import EnvironmentFault, FormatError, UsageError
 from crashkernel.formats import diskdump, flattened
 from crashkernel.formats.diskdump import MainHeader, SubHeader
 from crashkernel.formats.elf import EM_PPC64, EM_X86_64, PT_LOAD, PT_NOTE, ByteOrder, ElfFile, Segment, iter_notes
@@ -546,15 +547,32 @@ _DEVICE = b"crashkernel dump"  # target/device.py
 _HEAD_SIZE = 16
 
 
+def require_file(path: Path) -> None:
+    """Whether there is a file of that name, or a device.
+
+    :raise UsageError: there is none.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError(f"there is no {path}") from None
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    if stat.S_ISDIR(mode):
+        raise UsageError(f"{path} is a directory, not a dump")
+
+
 def open_dump(path: Path | str) -> Dump:
     """Open a dump of any format we know: an ELF vmcore, a kdump-compressed dump, a flattened stream of either.
 
     All of these may also lie on a block device, behind the head that `crashkernel capture` puts there. They may lack their end,
     as long as the headers are whole: `cut_off` and `KdumpFile.statistics` tell.
 
+    :raise UsageError: there is no such file.
     :raise FormatError: it is none of them, or damaged where it begins.
     :raise EnvironmentFault: it cannot be read.
     """
+    require_file(Path(path))
     data = PlainFile(path)
     head = data.read(0, _HEAD_SIZE)
     if head == _DEVICE:

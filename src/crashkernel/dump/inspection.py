@@ -6,6 +6,7 @@ References: Linux `arch/x86/include/asm/user_64.h` (struct user_regs_struct, the
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import struct
@@ -24,6 +25,7 @@ from crashkernel.dump.dumpfile import (
     how_whole,
     is_flattened,
     open_dump,
+    require_file,
 )
 from crashkernel.dump.structure import FaultList, Faults, check_structure
 from crashkernel.errors import EnvironmentFault, FormatError, UsageError
@@ -262,8 +264,9 @@ def find_manifest(path: Path) -> tuple[Manifest | None, int]:
     """The manifest of a dump, beside it or in front of it on a device, and where the dump begins in the file.
 
     :raise FormatError: there is one, but it is damaged.
-    :raise UsageError: it cannot be read.
+    :raise UsageError: it cannot be read, or there is no such dump.
     """
+    require_file(path)
     if path.is_block_device():
         from crashkernel.target.device import open_device_dump  # noqa: PLC0415 - the targets are many, and rarely needed
 
@@ -276,6 +279,8 @@ def find_manifest(path: Path) -> tuple[Manifest | None, int]:
     except FileNotFoundError:
         return None, 0
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # so nobody can have written it
+            return None, 0
         raise UsageError(f"cannot read {beside}: {error.strerror}") from error
 
 
@@ -291,8 +296,6 @@ def verify(path: Path, tell: Tell = lambda *_: None) -> Verification:
     faults, checks, remarks = FaultList(), [], []
     manifest: Manifest | None = None
     start, damaged = 0, False
-    if not path.exists():
-        raise UsageError(f"there is no {path}")
     try:
         manifest, start = find_manifest(path)
         if manifest is None:
