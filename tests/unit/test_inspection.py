@@ -1,5 +1,6 @@
 import json
 import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -518,6 +519,49 @@ class TestCommands:
         record = json.loads(capsys.readouterr().out)
         assert record["good"] is False
         assert [each["good"] for each in record["dumps"]] == [True, False]
+
+    def test_verify_has_a_verdict_on_each_and_the_worst_status(self, tmp_path, capsys):
+        made = dump_of()
+        good, bad = stored(tmp_path, made.to_bytes(), "good"), stored(tmp_path, made.to_bytes()[:-9], "bad")
+        no_dump = stored(tmp_path, b"hello, world", "other")
+        names = [str(each) for each in (good, tmp_path / "nothing", bad, no_dump, good)]
+        assert main(["verify", *names]) == 2
+        out, err = capsys.readouterr()
+        assert [line for line in out.splitlines() if not line.startswith("  ")] == [
+            f"{good}: good",
+            f"{bad}: BAD, 1 problem",
+            f"{good}: good",
+        ]
+        assert [line.split(": ", 1)[1].split(" (")[0] for line in err.splitlines()] == [
+            f"there is no {tmp_path / 'nothing'}",
+            f"{no_dump}: neither an ELF vmcore nor a kdump-compressed or flattened dump at offset 0x0",
+        ]
+        assert main(["verify", "--json", "-", *names]) == 2
+        record = json.loads(capsys.readouterr().out)
+        assert (record["good"], [each["good"] for each in record["dumps"]]) == (False, [True, False, False, False, True])
+        assert record["dumps"][1] == {"path": names[1], "good": False, "error": f"there is no {names[1]}"}
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [["inspect"], ["inspect", "--dmesg"], ["inspect", "--json", "-"], ["verify"], ["verify", "--json", "-"], ["convert"]],
+        ids=" ".join,
+    )
+    def test_standard_output_that_is_full(self, tmp_path, arguments):
+        path = stored(tmp_path, dump_of().to_bytes())
+        command = [sys.executable, "-m", "crashkernel", *arguments, path]
+        command += [tmp_path / "out"] if arguments == ["convert"] else []
+        with open("/dev/full", "wb") as full:  # noqa: PTH123
+            done = subprocess.run(command, check=False, stdout=full, stderr=subprocess.PIPE, timeout=60, text=True)
+        assert (done.returncode, done.stderr) == (
+            3,
+            "crashkernel: cannot write to standard output: No space left on device\n",
+        )
+
+    def test_every_command_says_what_its_status_means(self, capsys):
+        for command in ("inspect", "verify", "convert"):
+            with pytest.raises(SystemExit):
+                main([command, "--help"])
+            assert "\nexit status: 0 " in capsys.readouterr().out
 
     def test_verify_cuts_a_long_list(self, tmp_path, capsys):
         made = dump_of()

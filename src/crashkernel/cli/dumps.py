@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import shutil
 import sys
 import time
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from crashkernel.cli.command import add_command, require_numpy, write
-from crashkernel.errors import FormatError, UsageError
+from crashkernel.errors import CrashkernelError, EnvironmentFault, FormatError, UsageError
 from crashkernel.memory import format_size
 from crashkernel.report.terminal import visible
 
@@ -41,7 +43,8 @@ _INSPECT_EPILOG = """examples:
 reads: ELF vmcores (/proc/vmcore too), kdump-compressed dumps (zlib, lzo, snappy, zstd), flattened streams of either, and
 block devices that `crashkernel capture` wrote to
 
-exit status: 0 read, and it looks whole, 1 read, but incomplete or truncated, 2 no dump, 3 something is not installed
+exit status: 0 read, and it looks whole, 1 read, but incomplete or truncated, 2 no dump, 3 something is not installed or cannot
+be read
 """
 
 _VERIFY_EPILOG = """examples:
@@ -51,7 +54,8 @@ _VERIFY_EPILOG = """examples:
 A dump is held against its manifest (vmcore.manifest.json beside it): its size, its digest, how many pages it must have. Then
 its structure is gone over: headers, bitmaps, the descriptor and the data of each page, every one of which is decompressed.
 
-exit status: 0 all good, 1 not, with each problem listed, 2 no dump, 3 something is not installed
+exit status: 0 all good, 1 not, with each problem listed, 2 no dump, 3 something is not installed or cannot be read; of many
+dumps the highest
 """
 
 _CONVERT_EPILOG = """examples:
@@ -63,6 +67,9 @@ _CONVERT_EPILOG = """examples:
 
 The output appears whole or not at all; nothing that exists is overwritten. A dump that is incomplete, or not what its manifest
 says, is refused. From a plain ELF vmcore all pages are taken: `crashkernel capture` filters.
+
+exit status: 0 made, 1 refused or given up: the dump is incomplete or damaged, or not what its manifest says, 2 no dump, or the
+request makes no sense, 3 something is not installed, or cannot be read or written
 """
 
 
@@ -104,10 +111,28 @@ def _put_json(path: Path | None, record: object) -> bool:
         return False
     text = json.dumps(record, indent=1) + "\n"
     if str(path) == "-":
-        print(text, end="")
+        _print(text, end="")
         return True
     write(path, text, "--json")
     return False
+
+
+def _print(*lines: str, end: str = "\n") -> None:
+    """Print lines, and see to it that they are out.
+
+    :raise EnvironmentFault: standard output does not take them.
+    """
+    try:
+        for line in lines:
+            print(line, end=end)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise  # its reader has had enough
+    except OSError as error:
+        # what is still in the buffer would be tried once more, and complained of, when Python ends
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise EnvironmentFault(f"cannot write to standard output: {error.strerror}") from error
 
 
 # ------------------------------------------------------------------------------------------------------------- inspect
@@ -134,25 +159,25 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if arguments.dmesg:
         if not found.log:
             raise FormatError("; ".join(found.remarks) or "its log is empty", source=str(arguments.dump))
-        print(found.log, end="")
+        _print(found.log, end="")
         return status
     record = found.to_json()
     if arguments.vmlinux is not None:
         record["backtrace"] = list(frames)
     if _put_json(arguments.json, record):
         return status
-    for line in _report(found, remark, every_register=arguments.registers):
-        print(visible(line))
-    for line in ("", "backtrace of the task that crashed:", *(f"  {frame}" for frame in frames)) if frames else ():
-        print(visible(line))
+    lines = list(_report(found, remark, every_register=arguments.registers))
+    if frames:
+        lines += ["", "backtrace of the task that crashed:", *(f"  {frame}" for frame in frames)]
+    _print(*map(visible, lines))
     return status
 
 
 def _backtrace(dump: Dump, found: Inspection, vmlinux: Path) -> tuple[str, ...]:
     from crashkernel.dump.backtrace import backtrace  # noqa: PLC0415
+    from crashkernel.dump.dumpfile import require_file  # noqa: PLC0415
 
-    if not vmlinux.is_file():
-        raise UsageError(f"there is no file {vmlinux}")
+    require_file(vmlinux)
     crashed = next((cpu for cpu in found.cpus if cpu.crashed), None)
     if crashed is None:
         raise FormatError("which CPU crashed is not known, so there is no backtrace", source=found.path)
@@ -236,16 +261,23 @@ def _verify(arguments: argparse.Namespace) -> int:
     require_numpy()
     from crashkernel.dump import inspection  # noqa: PLC0415
 
-    found = []
+    records: list[dict[str, object]] = []
+    status = 0
     for path in arguments.dumps:
-        with _Progress() as progress:
-            found.append(inspection.verify(path, progress.tell))
-    records = [each.to_json() for each in found]
-    if not _put_json(arguments.json, {"good": all(each.good for each in found), "dumps": records}):
-        for each in found:
-            for line in _verdict(each):
-                print(visible(line))
-    return 0 if all(each.good for each in found) else 1
+        try:
+            with _Progress() as progress:
+                found = inspection.verify(path, progress.tell)
+        except CrashkernelError as error:  # of this dump; the others have their verdicts all the same
+            print(f"crashkernel: {visible(str(error))}", file=sys.stderr)
+            records.append({"path": str(path), "good": False, "error": str(error)})
+            status = max(status, error.exit_code)
+            continue
+        records.append(found.to_json())
+        status = max(status, 0 if found.good else 1)
+        if str(arguments.json) != "-":
+            _print(*map(visible, _verdict(found)))
+    _put_json(arguments.json, {"good": not status, "dumps": records})
+    return status
 
 
 def _verdict(found: Verification) -> Iterator[str]:
@@ -274,7 +306,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         return 0
     record = {"path": str(arguments.output), "size": made.size, "manifest": made.manifest is not None}
     if not _put_json(arguments.json, record):
-        print(visible(f"{arguments.output}: {format_size(made.size)}{', with a manifest' if made.manifest else ''}"))
+        _print(visible(f"{arguments.output}: {format_size(made.size)}{', with a manifest' if made.manifest else ''}"))
     return 0
 
 
