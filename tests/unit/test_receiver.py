@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -628,6 +629,51 @@ def test_a_sender_that_dawdles_is_let_go(store):
                 connection.setblocking(True)
             else:
                 pytest.fail("it is still there")
+
+
+def test_a_stranger_has_less_time_than_a_sender(store, monkeypatch):
+    monkeypatch.setattr("crashkernel.target.receiver._STRANGER", 0.3)
+    with receiving(store, idle=20.0) as (receiver, _):
+        start = time.monotonic()
+        assert raw(receiver, b"PUT / HT") == b""
+        assert time.monotonic() - start < 5
+        sender = Sender(receiver)
+        sender.begin()
+        kept = sender.connection.sock
+        time.sleep(0.6)
+        assert sender.begin()[0] == 201
+        assert sender.connection.sock is kept
+
+
+def test_a_stranger_takes_no_memory(store):
+    head = f"PUT /uploads/{ID}/dump/0 HTTP/1.1\r\nAuthorization: Bearer wrong\r\nContent-Length: {PIECE_SIZE}\r\n\r\n"
+    request = head.encode() + bytes(PIECE_SIZE)
+    with receiving(store) as (receiver, _):
+        tracemalloc.start()
+        try:
+            assert b" 401 " in raw(receiver, request).partition(b"\r\n")[0]
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak < PIECE_SIZE // 4
+        endless = b"PUT / HTTP/1.1\r\n" + (b"A: " + b"x" * 60_000 + b"\r\n") * 20
+        assert raw(receiver, endless) == b""
+
+
+def test_one_address_does_not_take_all_connections(store, monkeypatch):
+    monkeypatch.setattr("crashkernel.target.receiver._MOST_OF_ONE_ADDRESS", 2)
+    with receiving(store) as (receiver, _), contextlib.ExitStack() as stack:
+        first, _ = (stack.enter_context(socket.create_connection(receiver.address, timeout=10)) for _ in range(2))
+        with socket.create_connection(receiver.address, timeout=3) as third, contextlib.suppress(ConnectionError):
+            assert third.recv(1) == b""
+        first.close()
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline:
+            with contextlib.suppress(ConnectionError):
+                assert Sender(receiver).begin()[0] == 201
+                break
+        else:
+            pytest.fail("there is no room for a second connection")
 
 
 def test_a_directory_has_one_receiver(store):

@@ -29,6 +29,7 @@ import socket
 import ssl
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -42,9 +43,15 @@ from crashkernel.target.uploads import Refused, Upload, Uploads
 IDLE = 60.0
 """Seconds that a sender may say nothing."""
 
+_STRANGER = 15.0
+"""Seconds that somebody has for keys and a request's head who has not shown the token yet."""
+
 _POLL = 10.0  # seconds
 _SLOWEST = 32 << 10  # bytes a second, of one request's body
 _MOST_CONNECTIONS = 256
+_MOST_OF_ONE_ADDRESS = 64  # a sender has one; many may come through one gateway
+_LARGEST_HEAD = 128 << 10  # bytes
+_THROWN_AWAY = 64 << 10  # bytes at a time
 _LARGEST_REQUEST = 64 << 10  # bytes, of what is no file
 _LARGEST_FILE = 16 << 20  # bytes, of a log
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -110,6 +117,8 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], receiver: Receiver) -> None:
         self.receiver = receiver
         self._room = threading.BoundedSemaphore(_MOST_CONNECTIONS)
+        self._callers: Counter[str] = Counter()
+        self._lock = threading.Lock()
         self._connections: set[socket.socket] = set()
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, _Handler)
@@ -125,14 +134,32 @@ class _Server(ThreadingHTTPServer):
         if not self._room.acquire(blocking=False):
             self.shutdown_request(request)
             return
-        super().process_request(request, client_address)
+        with self._lock:
+            self._callers[client_address[0]] += 1
+            many = self._callers[client_address[0]] > _MOST_OF_ONE_ADDRESS
+        try:
+            if many:
+                self.shutdown_request(request)
+                self._leave(client_address)
+            else:
+                super().process_request(request, client_address)
+        except Exception:  # there is no thread to be had
+            self._leave(client_address)
+            raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Serve a connection to its end."""
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._room.release()
+            self._leave(client_address)
+
+    def _leave(self, client_address: Any) -> None:
+        with self._lock:
+            self._callers[client_address[0]] -= 1
+            if not self._callers[client_address[0]]:
+                del self._callers[client_address[0]]
+        self._room.release()
 
     def note(self, connection: socket.socket, *, here: bool) -> None:
         """A connection has come, or gone."""
@@ -155,16 +182,18 @@ class _Server(ThreadingHTTPServer):
 
 
 class _Timed(io.RawIOBase):
-    """What a connection says, up to a deadline: a byte now and then does not keep it open."""
+    """What a connection says, up to a deadline: a byte now and then does not keep it open. And no more than is wanted."""
 
     def __init__(self, connection: socket.socket, idle: float) -> None:
         self._connection = connection
         self._idle = idle
         self._deadline = 0.0
+        self._room = 0
 
-    def allow(self, seconds: float) -> None:
-        """From now on, so many seconds."""
+    def allow(self, seconds: float, size: int) -> None:
+        """From now on, so many seconds and bytes."""
         self._deadline = time.monotonic() + seconds
+        self._room = size
 
     def readable(self) -> bool:
         """It is."""
@@ -174,12 +203,17 @@ class _Timed(io.RawIOBase):
         """Receive some bytes.
 
         :raise TimeoutError: none come.
+        :raise ConnectionError: they are too many.
         """
+        if not self._room:
+            raise ConnectionError
         left = self._deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError
         self._connection.settimeout(min(left, self._idle))
-        return self._connection.recv_into(buffer)
+        size = self._connection.recv_into(buffer, min(len(buffer), self._room))
+        self._room -= size
+        return size
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -191,6 +225,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
     _timed: _Timed
     _unread: bool
+    _known = False  # whether this connection has shown the token
 
     def setup(self) -> None:
         """Agree on keys, in this connection's own thread, and put the clock on what it says."""
@@ -200,7 +235,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.note(self.request, here=True)
         try:
             if isinstance(self.request, ssl.SSLSocket):
-                _shake_hands(self.request, receiver.idle)
+                _shake_hands(self.request, min(_STRANGER, receiver.idle))
+                self.request.settimeout(receiver.idle)
             super().setup()
         except BaseException:  # nobody calls `finish` then
             self._let_go()
@@ -224,7 +260,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         """Give the head of a request its time."""
-        self._timed.allow(2 * self.server.receiver.idle)
+        patience = 2 * self.server.receiver.idle
+        self._timed.allow(patience if self._known else min(_STRANGER, patience), _LARGEST_HEAD)
         super().handle_one_request()
 
     def do_PUT(self) -> None:
@@ -259,7 +296,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _put(self) -> tuple[dict[str, Any], int]:
         given = self.headers.get("Authorization", "").removeprefix("Bearer ").strip()
         if not hmac.compare_digest(hashlib.sha256(given.encode()).digest(), self.server.receiver.token):
+            self._known = False
             raise Refused(401, "the token is not the receiver's")
+        self._known = True
         uploads = self.server.receiver.uploads
         match self.path.split("/")[1:]:
             case ["uploads", identity]:
@@ -301,15 +340,19 @@ class _Handler(BaseHTTPRequestHandler):
             )
         return {"saved": place, "manifest": manifest.to_json()}
 
-    def _body(self, largest: int) -> bytes:
+    def _size_of_body(self, largest: int) -> int:
         length = self.headers.get("Content-Length", "")
         if not (length.isascii() and length.isdecimal() and len(length) < 20) or "Transfer-Encoding" in self.headers:
             raise Refused(411, "a request says how long it is")
         size = int(length)
         if size > largest:
             raise Refused(413, f"{size:,} bytes are more than {largest:,}")
+        return size
+
+    def _body(self, largest: int) -> bytes:
+        size = self._size_of_body(largest)
         self._unread = False
-        self._timed.allow(self.server.receiver.idle + size / _SLOWEST)
+        self._timed.allow(self.server.receiver.idle + size / _SLOWEST, size)
         data = self.rfile.read(size)
         if len(data) < size:
             raise ConnectionError
@@ -319,7 +362,11 @@ class _Handler(BaseHTTPRequestHandler):
         """Read what was not: a connection that is closed before that is reset, and its answer may be lost."""
         if self._unread:
             with contextlib.suppress(Refused, OSError):
-                self._body(PIECE_SIZE)
+                left = self._size_of_body(PIECE_SIZE)
+                patience = self.server.receiver.idle + left / _SLOWEST
+                self._timed.allow(patience if self._known else min(_STRANGER, patience), left)
+                while left and (some := len(self.rfile.read(min(left, _THROWN_AWAY)))):
+                    left -= some
 
     def _checked_body(self, largest: int) -> bytes:
         data = self._body(largest)
@@ -347,7 +394,6 @@ def _shake_hands(connection: ssl.SSLSocket, patience: float) -> None:
         except ssl.SSLWantWriteError:
             event = select.POLLOUT
         else:
-            connection.settimeout(patience)
             return
         poll = select.poll()
         poll.register(connection, event)
