@@ -676,6 +676,44 @@ def test_one_address_does_not_take_all_connections(store, monkeypatch):
             pytest.fail("there is no room for a second connection")
 
 
+def test_a_manifest_that_was_damaged_is_told(store):
+    with receiving(store) as (receiver, lines):
+        sender = Sender(receiver)
+        sender.begin()
+        sender.pieces(SHORT)
+        assert sender.finish(SHORT)[0] == 201
+        (store / CRASH / manifest_name("vmcore")).write_text("{")
+        status, answer = sender.finish(SHORT)
+    assert status == 500
+    assert "no manifest of a dump" in answer["error"]
+    assert lines[-1] == f"127.0.0.1: 500: {answer['error']}"
+
+
+def test_a_journal_of_another_version_is_told(store):
+    with receiving(store) as (receiver, lines):
+        text = '{"asked":"x"}'
+        (store / JOURNALS / ID).write_text(f"{hashlib.sha256(text.encode()).hexdigest()[:16]} {text}\n")
+        status, answer = Sender(receiver).begin()
+    assert status == 500
+    assert "journal is of another version" in answer["error"]
+    assert len(lines) == 1
+
+
+def test_a_bug_is_answered_and_logged(store, monkeypatch):
+    def fail(*_):
+        raise ZeroDivisionError("oops")
+
+    with receiving(store) as (receiver, lines):
+        monkeypatch.setattr(receiver.uploads, "begin", fail)
+        assert Sender(receiver).begin() == (500, {"error": "a bug of ours: ZeroDivisionError: oops"})
+        monkeypatch.setattr("crashkernel.target.receiver._Handler.handle", fail)
+        assert raw(receiver, b"x") == b""
+    assert lines == [
+        "127.0.0.1: 500: a bug of ours: ZeroDivisionError: oops",
+        "127.0.0.1: a bug of ours: ZeroDivisionError: oops",
+    ]
+
+
 def test_a_directory_has_one_receiver(store):
     uploads = Uploads(store)
     with pytest.raises(EnvironmentFault, match="another receiver"):

@@ -27,6 +27,7 @@ import os
 import select
 import socket
 import ssl
+import sys
 import threading
 import time
 from collections import Counter
@@ -35,7 +36,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from crashkernel.errors import EnvironmentFault, FormatError
+from crashkernel.errors import CrashkernelError, EnvironmentFault, FormatError
 from crashkernel.memory import format_size
 from crashkernel.target.manifest import PIECE_SIZE, Manifest
 from crashkernel.target.uploads import Refused, Upload, Uploads
@@ -178,7 +179,10 @@ class _Server(ThreadingHTTPServer):
             self._room.acquire(timeout=max(0.0, deadline - time.monotonic()))
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection that breaks is the sender's to notice; it comes again."""
+        """A connection that breaks is the sender's to notice; it comes again. Anything else is ours."""
+        error = sys.exc_info()[1]
+        if isinstance(error, Exception) and not isinstance(error, OSError):
+            self.receiver.log(f"{client_address[0]}: {_bug(error)}")
 
 
 class _Timed(io.RawIOBase):
@@ -278,6 +282,10 @@ class _Handler(BaseHTTPRequestHandler):
         except OSError as error:
             status = 507 if error.errno in _FULL else 413 if error.errno == errno.EFBIG else 500
             answer = {"error": os.strerror(error.errno) if error.errno else str(error)}
+        except CrashkernelError as error:  # what it stored itself is damaged: a journal, a manifest
+            answer, status = {"error": str(error)}, 500
+        except Exception as error:
+            answer, status = {"error": _bug(error)}, 500
         if status >= 400:
             self.close_connection = True
             self._drain()
@@ -377,6 +385,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - http.server's name
         """Requests are not logged, uploads are."""
+
+
+def _bug(error: Exception) -> str:
+    return f"a bug of ours: {type(error).__name__}: {error}"
 
 
 def _shake_hands(connection: ssl.SSLSocket, patience: float) -> None:

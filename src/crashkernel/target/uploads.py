@@ -374,17 +374,23 @@ def _replay(identity: str, data: bytes) -> Upload:
         checksum, _, record = text.rstrip(b"\n").partition(b" ")
         if not text.endswith(b"\n") or hashlib.sha256(record).hexdigest()[:16].encode() != checksum:
             break
-        raw = mapping(json.loads(record))
-        if upload is None:
-            saved = None if raw["saved"] is None else line(raw["saved"])
-            upload = Upload(identity, line(raw["asked"]), line(raw["path"]), saved=saved)
-        else:
-            upload.pieces += bytes.fromhex(raw["piece"])
-            upload.extents += bytes.fromhex(raw["extents"])
-            upload.received += count(raw["size"], PIECE_SIZE + 1)
-            upload.state = mapping(raw["state"])
+        try:
+            upload = _replay_line(identity, upload, mapping(json.loads(record)))
+        except (KeyError, ValueError, TypeError, RecursionError) as error:
+            raise Refused(500, f"its journal is of another version: {error}") from error
         size += len(text)
     if upload is None:
         raise Refused(404, "its journal is damaged")
     upload.journal_size = size
+    return upload
+
+
+def _replay_line(identity: str, upload: Upload | None, raw: dict[str, Any]) -> Upload:
+    if upload is None:
+        saved = None if raw["saved"] is None else line(raw["saved"])
+        return Upload(identity, line(raw["asked"]), line(raw["path"]), saved=saved)
+    upload.pieces += bytes.fromhex(raw["piece"])
+    upload.extents += bytes.fromhex(raw["extents"])
+    upload.received += count(raw["size"], PIECE_SIZE + 1)
+    upload.state = mapping(raw["state"])
     return upload
