@@ -19,11 +19,11 @@ from typing import Any
 from crashkernel.dump.dumpfile import Dump
 from crashkernel.errors import EnvironmentFault, FormatError
 from crashkernel.formats.elf import EM_PPC64
+from crashkernel.vmcore.identity import PPC64_LINEAR
 from crashkernel.vmcore.kernel import CrashedKernel
 
 _MOST_FRAMES = 64
 _LR_SAVE = 16  # of a caller's frame: where its callee returns to
-_KERNEL = 0xC000_0000_0000_0000  # ppc64: the kernel's addresses begin here
 _ANY_SYMBOL = "panic"
 _INSTRUCTION = 4  # bytes; a call's return address is that of the next one
 
@@ -70,12 +70,12 @@ def _back_chain(kernel: CrashedKernel, registers: Mapping[str, int]) -> Iterator
     for _ in range(_MOST_FRAMES):
         try:
             caller = kernel.pointer(frame)
-            if not frame < caller or caller < _KERNEL:
+            if not frame < caller or caller < PPC64_LINEAR:
                 return
             place = kernel.pointer(caller + _LR_SAVE)
         except FormatError:
             return  # the stack is not in the dump, or ends here
-        if place < _KERNEL:
+        if place < PPC64_LINEAR:
             return
         yield place
         frame = caller

@@ -29,17 +29,13 @@ from crashkernel.dump.dumpbytes import DumpBytes, FlattenedFile, PlainFile
 from crashkernel.errors import EnvironmentFault, FormatError, UsageError
 from crashkernel.formats import diskdump, flattened
 from crashkernel.formats.diskdump import MainHeader, SubHeader
-from crashkernel.formats.elf import EM_PPC64, EM_X86_64, PT_LOAD, PT_NOTE, ByteOrder, ElfFile, Segment, iter_notes
+from crashkernel.formats.elf import EM_PPC64, PT_LOAD, PT_NOTE, ByteOrder, ElfFile, Segment, iter_notes
 from crashkernel.formats.vmcoreinfo import VmcoreInfo
 from crashkernel.memory import Range, RangeSet, format_size
-from crashkernel.vmcore.source import PAGE_SIZES, ElfVmcore, MissingMemory
+from crashkernel.vmcore.identity import MACHINES, PPC64_LINEAR
+from crashkernel.vmcore.source import NOTES_LIMIT, PADDR_LIMIT, PAGE_SIZES, ElfVmcore, MissingMemory
 
-MACHINES = {"ppc64": EM_PPC64, "ppc64le": EM_PPC64, "x86_64": EM_X86_64}
-"""ELF machines by what `uname -m` calls them."""
-
-_NOTES_LIMIT = 1 << 26  # bytes, as in source.py
-_PADDR_LIMIT = 1 << 56  # likewise
-_PPC64_LINEAR_BASE = 0xC000_0000_0000_0000  # PAGE_OFFSET, arch/powerpc/include/asm/page.h
+_MACHINES = {name: machine for (machine, _), name in MACHINES.items()}  # by what `uname -m` calls them
 _E_FLAGS = 48  # offset of e_flags in Elf64_Ehdr
 _ELF_INCOMPLETE = 1  # DUMP_ELF_INCOMPLETE, makedumpfile.h
 _HEAD_LIMIT = 1 << 22  # bytes: 65535 program headers are 3.5 MiB
@@ -110,15 +106,15 @@ class KdumpFile:
         self.byteorder: ByteOrder = header.byteorder
         self._page_size = header.block_size
         self.max_pfn = self.sub_header.max_pfn
-        machine = MACHINES.get(header.utsname.machine)
+        machine = _MACHINES.get(header.utsname.machine)
         if machine is None:
-            message = f"a dump of machine {header.utsname.machine!r}, not of {', '.join(MACHINES)}"
+            message = f"a dump of machine {header.utsname.machine!r}, not of {', '.join(_MACHINES)}"
             raise FormatError(message, source=name, offset=12)
         if header.block_size not in PAGE_SIZES[machine]:
             message = f"blocks of {header.block_size} bytes, which no page of this machine has"
             raise FormatError(message, source=name, offset=428)
         self.machine = machine
-        self.linear_base = _PPC64_LINEAR_BASE if machine == EM_PPC64 else None
+        self.linear_base = PPC64_LINEAR if machine == EM_PPC64 else None
         self._check_places()
         self._read_notes()
         self.present = Bitmap(self.data, header.bitmap1_offset, self.max_pfn)
@@ -138,7 +134,7 @@ class KdumpFile:
                 source=name,
                 hint="put the parts together first: makedumpfile --reassemble",
             )
-        if self.max_pfn * self._page_size > _PADDR_LIMIT:
+        if self.max_pfn * self._page_size > PADDR_LIMIT:
             raise FormatError(f"memory up to page frame {self.max_pfn:#x} has no physical address", source=name)
         if header.bitmap_size * 8 < self.max_pfn:
             message = f"bitmaps of {header.bitmap_size:#x} bytes for {self.max_pfn:#x} page frames"
@@ -151,9 +147,9 @@ class KdumpFile:
         if sub.notes.size and not header.block_size < start < end <= header.bitmap1_offset:
             message = f"its notes, {sub.notes.size:#x} bytes at {start:#x}, are not between sub header and bitmaps"
             raise FormatError(message, source=name, offset=header.block_size)
-        if sub.notes.size > _NOTES_LIMIT:
+        if sub.notes.size > NOTES_LIMIT:
             raise FormatError(f"{sub.notes.size:#x} bytes of notes are no dump's", source=name, offset=start)
-        if sub.vmcoreinfo.size > _NOTES_LIMIT:
+        if sub.vmcoreinfo.size > NOTES_LIMIT:
             raise FormatError(f"{sub.vmcoreinfo.size:#x} bytes of VMCOREINFO are no dump's", source=name)
 
     def _read_notes(self) -> None:

@@ -9,8 +9,10 @@ from crashkernel.formats.diskdump import NAME_SIZE, UTSNAME_SIZE, Utsname
 from crashkernel.formats.elf import EM_PPC64, EM_X86_64
 from crashkernel.vmcore.kernel import CrashedKernel
 
-_PPC64_LINEAR = 0xC000_0000_0000_0000  # PAGE_OFFSET, arch/powerpc/include/asm/page.h
-_MACHINES = {(EM_PPC64, "little"): "ppc64le", (EM_PPC64, "big"): "ppc64", (EM_X86_64, "little"): "x86_64"}
+PPC64_LINEAR = 0xC000_0000_0000_0000
+"""Where ppc64's kernel has physical address 0, and its addresses begin: PAGE_OFFSET, arch/powerpc/include/asm/page.h."""
+MACHINES = {(EM_PPC64, "little"): "ppc64le", (EM_PPC64, "big"): "ppc64", (EM_X86_64, "little"): "x86_64"}
+"""What `uname -m` calls an ELF machine of a byte order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +33,14 @@ class Identity:
         """Ask a dead kernel. What its memory does not say (it may be damaged) comes from VMCOREINFO and the ELF header."""
         info, source = kernel.info, kernel.source
         phys_base = info.number("phys_base") if "NUMBER(phys_base)" in info else 0
-        linear_base = _PPC64_LINEAR if source.machine == EM_PPC64 else source.linear_base
+        linear_base = PPC64_LINEAR if source.machine == EM_PPC64 else source.linear_base
         return cls(_utsname(kernel), phys_base, linear_base, info.crash_time or 0)
 
 
 def _utsname(kernel: CrashedKernel) -> Utsname:
     """The struct new_utsname of init_uts_ns, if it is that of this release."""
     info = kernel.info
-    machine = _MACHINES[kernel.source.machine, kernel.source.byteorder]
+    machine = MACHINES[kernel.source.machine, kernel.source.byteorder]
     known = Utsname(release=info.release[:NAME_SIZE], machine=machine)
     try:
         place = info.symbol("init_uts_ns") + info.offset("uts_namespace.name")

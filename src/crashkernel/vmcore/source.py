@@ -32,9 +32,9 @@ PAGE_SIZES = {EM_PPC64: (0x1000, 0x10000), EM_X86_64: (0x1000,)}
 # 65535 headers of 56 bytes are 3.5 MiB.
 _HEAD_SIZES = (1 << 16, 1 << 22)
 # Of one CPU's registers a kernel keeps 1 to 3 KiB, so this is tens of thousands of CPUs; a file cannot make us take more.
-_NOTES_LIMIT = 1 << 26
+NOTES_LIMIT = 1 << 26
 # A physical address has at most 56 bits (ppc64: _RPAGE_PA_MAX, `arch/powerpc/include/asm/book3s/64/pgtable.h`; x86_64: 52).
-_PADDR_LIMIT = 1 << 56
+PADDR_LIMIT = 1 << 56
 _VMCOREINFO = "VMCOREINFO"
 
 # The capture kernel maps what it reads of /proc/vmcore, and unmaps it again, page by page; a mapping of ours is made once for
@@ -181,7 +181,7 @@ class ElfVmcore:
             if each.type != PT_NOTE:
                 continue
             size += each.file_size
-            if size > _NOTES_LIMIT:
+            if size > NOTES_LIMIT:
                 raise FormatError(f"{size:#x} bytes of notes are no dump's", source=self.name, offset=each.file_offset)
             data = self._pread(each.file_offset, each.file_size)
             # what is left of its buffer is zeros, at which a reader of all notes together would stop
@@ -362,7 +362,7 @@ def _stretches(loads: Sequence[Segment], source: str) -> Iterator[Stretch]:
     of tens of thousands of overlapping segments costs no more than n log n.
     """
     for each in loads:
-        if each.paddr + each.memory_size > _PADDR_LIMIT:
+        if each.paddr + each.memory_size > PADDR_LIMIT:
             end = each.paddr + each.memory_size
             raise FormatError(f"a PT_LOAD reaches up to {end:#x}, which is no physical address", source=source)
     # start, end, file offset of start; what memsz has beyond filesz is zeros (gABI chapter 5), where no other has more to say
