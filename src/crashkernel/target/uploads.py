@@ -115,7 +115,9 @@ class Uploads:
         with self._lock:
             try:
                 upload = self._known(identity)
-            except Refused:
+            except Refused as refused:
+                if refused.status != 404:
+                    raise
                 upload = self._create(identity, asked)
         if upload.asked != asked:
             raise Refused(409, "this identity is another upload's")
