@@ -714,6 +714,21 @@ def test_a_bug_is_answered_and_logged(store, monkeypatch):
     ]
 
 
+def test_of_an_upload_that_is_saved_nothing_stays_in_memory(store):
+    with receiving(store) as (receiver, _):
+        sender = Sender(receiver)
+        for number in range(3):
+            identity = f"{number:032x}"
+            sender.begin(f"crash{number}", identity)
+            sender.pieces(SHORT, identity)
+            assert len(receiver.uploads._uploads) == 1
+            answers = [sender.finish(SHORT, identity) for _ in range(2)]
+            assert answers[0] == answers[1]
+            assert answers[0][0] == 201
+            assert not receiver.uploads._uploads
+    assert len(claims(store)) == 3
+
+
 def test_a_directory_has_one_receiver(store):
     uploads = Uploads(store)
     with pytest.raises(EnvironmentFault, match="another receiver"):

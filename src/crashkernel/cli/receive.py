@@ -30,6 +30,8 @@ and on the machines that may crash, with the same token in their capture kernel:
 
 Any number of them may send at once; each crash gets a directory of its own. A dump has `incomplete` in its name until all of
 it has arrived and was compared with its manifest. An upload that is cut, or a receiver that is killed, goes on where it was.
+DIR/.crashkernel has a journal for each upload, small once its dump is saved. It lets a sender go on, or hear again that all is
+well; a journal that did not change for a day may be deleted, and with an upload that was given up its directory, too.
 Without --tls-cert the token and the dumps go over the network in the clear: let senders encrypt (--encrypt-to).
 
 exit status: 0 stopped (SIGTERM, ^C), 2 usage, 3 the directory or the address cannot be had

@@ -80,7 +80,7 @@ class Uploads:
         :raise EnvironmentFault: it is not there, cannot be written, or another receiver has it.
         """
         self._limit = limit if limit is not None else 1 << 62
-        self._uploads: dict[str, Upload] = {}
+        self._uploads: dict[str, Upload] = {}  # those on their way
         self._lock = threading.Lock()
         with contextlib.ExitStack() as stack:
             try:
@@ -201,8 +201,9 @@ class Uploads:
             manifest = self._make_whole(upload, directory, sent)
             self._begin_journal(upload, manifest.file)  # all else in it is of no use any more
             upload.saved = manifest.file
-            upload.pieces, upload.extents, upload.state = bytearray(), bytearray(), None
-            return manifest
+        with self._lock:  # a sender that did not hear of it is answered out of the journal
+            self._uploads.pop(upload.identity, None)
+        return manifest
 
     def _make_whole(self, upload: Upload, directory: Path, sent: Manifest) -> Manifest:
         scratch = directory / (DUMP + INCOMPLETE)
@@ -279,7 +280,8 @@ class Uploads:
         except FileNotFoundError as error:
             raise Refused(404, "there is no such upload") from error
         upload = _replay(identity, data)
-        self._uploads[identity] = upload
+        if upload.saved is None:
+            self._uploads[identity] = upload
         return upload
 
     def _begin_journal(self, upload: Upload, saved: str | None = None) -> None:
