@@ -305,7 +305,14 @@ class Spoiled:
         root = hashlib.sha256(b"".join(hashlib.sha256(piece).digest() for piece in pieces)).hexdigest()
         manifest |= {"bytes": len(data), "pages": self.counts}
         manifest["digest"]["root"] = root
-        path.write_text(json.dumps(manifest))
+        self.sign_off(manifest)
+
+    def sign_off(self, manifest):
+        """Write the manifest with a true sign-off, whatever it says."""
+        manifest.pop("sign_off", None)
+        canonical = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+        manifest["sign_off"] = hashlib.sha256(canonical.encode()).hexdigest()
+        (self.directory / "vmcore.manifest.json").write_text(json.dumps(manifest))
 
     def verdict(self, *, write=True):
         if write:
@@ -419,8 +426,28 @@ def test_a_manifest_of_other_bytes_is_found(spoiled):
     path = spoiled.directory / "vmcore.manifest.json"
     manifest = json.loads(path.read_text())
     manifest["digest"]["root"] = "0" * 64
+    spoiled.sign_off(manifest)
+    assert spoiled.problems(write=False).startswith("the manifest's digest is ")
+
+
+def test_an_edited_manifest_is_found(spoiled):
+    spoiled.write()
+    path = spoiled.directory / "vmcore.manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["crash"]["time"] = 1
     path.write_text(json.dumps(manifest))
-    assert "the manifest's digest" in spoiled.problems(write=False)
+    assert spoiled.problems(write=False).startswith("the manifest's sign-off is ")
+
+
+def test_a_dump_of_another_codec_than_was_asked_for_is_found(spoiled):
+    spoiled.kdump.codec = "zlib"
+    assert spoiled.problems() == "the dump says zlib, zstd was asked for"
+
+
+def test_a_filter_that_drops_nothing_does_not_pass(spoiled):
+    for pfn in spoiled.described - set(spoiled.pages):
+        spoiled.pages[pfn] = spoiled.truth(pfn)
+    assert "pages that level 31 drops are kept, more than 5%" in spoiled.problems()
 
 
 @pytest.mark.parametrize("name", ["vmcore-dmesg.txt", "vmcore.manifest.json"])

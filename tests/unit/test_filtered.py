@@ -120,20 +120,27 @@ class Bench:
         pieces = (data[at : at + (4 << 20)] for at in range(0, len(data), 4 << 20))
         root = hashlib.sha256(b"".join(hashlib.sha256(piece).digest() for piece in pieces)).hexdigest()
         return {
+            "manifest": 1,
+            "file": "vmcore",
             "complete": True,
             "bytes": len(data),
-            "digest": {"root": root},
-            "dump": {"level": self.saving.level, "codec": "zlib", "page_size": PAGE},
+            "digest": {"algorithm": "sha256-pieces", "piece_size": 4 << 20, "root": root},
+            "dump": {"format": "kdump-compressed", "level": self.saving.level, "codec": "zlib", "page_size": PAGE},
             "pages": self.counts,
-            "crash": {"release": RELEASE, "panic": PANIC},
+            "crash": {"release": RELEASE, "machine": "ppc64le", "panic": PANIC, "time": None},
+            "encrypted_to": None,
         }
+
+    def signed(self, manifest):
+        canonical = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+        return manifest | {"sign_off": hashlib.sha256(canonical.encode()).hexdigest()}
 
     def judge(self, **truth):
         saved = SavedDump(*(self.directory / name for name in ("vmcore", "log", "manifest")))
         data = self.dump.to_bytes()
         saved.dump.write_bytes(data)
         saved.log.write_text(self.log)
-        saved.manifest.write_text(json.dumps(self.manifest(data)))
+        saved.manifest.write_text(json.dumps(self.signed(self.manifest(data))))
         return judge_filtered(saved, self.saving, replace(self.truth, **truth), self.plan)
 
     def problems(self, **truth):
@@ -253,19 +260,82 @@ def test_what_is_wrong_is_named(bench, spoil, problem):
     assert problem in bench.problems()
 
 
+def test_a_filter_that_drops_nothing_does_not_pass(bench):
+    for pfn in bench.described:
+        bench.pages[pfn] = bench.page(pfn)
+    bench.counts |= {"kept": len(bench.pages), "cache": 0, "cache_private": 0, "user": 0, "free": 0}
+    assert bench.problems() == (
+        "28 of the 28 pages that level 31 drops are kept, more than 5%: "
+        "4 page cache, 4 page cache with private data, 4 user, 16 free"
+    )
+
+
+def test_a_few_needless_pages_pass_and_more_do_not(bench):
+    for number, pfn in enumerate((USER, USER + 1)):
+        bench.pages[pfn] = bench.page(pfn)
+        bench.counts["user"] -= 1
+        bench.counts["kept"] += 1
+        verdict = bench.judge()
+        assert verdict.passed == (number == 0)
+        assert verdict.pages.needless == number + 1
+    assert verdict.problems == ["2 of the 28 pages that level 31 drops are kept, more than 5%: 2 user"]
+
+
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [("complete", False), ("bytes", 1), ("digest", {"root": "00"}), ("dump", {"level": 31, "codec": "lzo", "page_size": PAGE})],
+    ("place", "value", "what"),
+    [
+        (("manifest",), 2, "version"),
+        (("file",), "vmcore.flat", "file"),
+        (("complete",), False, "complete"),
+        (("bytes",), 1, "bytes"),
+        (("digest", "algorithm"), "sha256", "digest's algorithm"),
+        (("digest", "piece_size"), 1 << 20, "digest's piece size"),
+        (("digest", "root"), "00", "digest"),
+        (("dump", "format"), "flattened", "format"),
+        (("dump", "level"), 30, "level"),
+        (("dump", "codec"), "lzo", "codec"),
+        (("dump", "page_size"), 4096, "page size"),
+        (("crash", "release"), "5.10.0", "kernel"),
+        (("crash", "machine"), "ppc64", "machine"),
+        (("crash", "panic"), "", "panic message"),
+        (("encrypted_to",), "age1nobody", "recipient"),
+    ],
 )
-def test_a_manifest_that_is_not_true_is_found(bench, monkeypatch, field, value):
+def test_a_manifest_that_is_signed_and_not_true_is_found(bench, monkeypatch, place, value, what):
     manifest = bench.manifest
-    monkeypatch.setattr(bench, "manifest", lambda data: manifest(data) | {field: value})
-    assert "the manifest's" in bench.problems()
+
+    def changed(data):
+        raw = manifest(data)
+        within = raw if len(place) == 1 else raw[place[0]]
+        within[place[-1]] = value
+        return raw
+
+    monkeypatch.setattr(bench, "manifest", changed)
+    assert bench.problems().startswith(f"the manifest's {what} is {value!r}, not ")
+    assert "\n" not in bench.problems()
+
+
+def test_a_manifest_edited_after_it_was_signed_is_found(bench, monkeypatch):
+    """Even where nothing else could tell: when the crash was is known to nobody else."""
+    signed = bench.signed
+    monkeypatch.setattr(bench, "signed", lambda raw: signed(raw) | {"crash": raw["crash"] | {"time": 1}})
+    assert bench.problems().startswith("the manifest's sign-off is ")
+
+
+def test_a_manifest_without_a_sign_off_is_none(bench, monkeypatch):
+    monkeypatch.setattr(bench, "signed", lambda raw: raw)
+    assert "is no manifest: KeyError('sign_off')" in bench.problems()
+
+
+def test_a_manifest_that_is_true_of_another_codec_than_was_asked_for(bench):
+    """The manifest and the request agree; the dump is another."""
+    bench.dump.codec = "lzo"
+    assert bench.problems() == "the dump says lzo, zlib was asked for"
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"pages": 3}'])
 def test_what_is_no_manifest_is_found(bench, monkeypatch, text):
-    monkeypatch.setattr(json, "dumps", lambda *_: text)
+    monkeypatch.setattr(json, "dumps", lambda *_, **__: text)
     assert "is no manifest" in bench.problems()
 
 

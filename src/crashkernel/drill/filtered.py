@@ -50,6 +50,9 @@ _BYTEORDER: ByteOrder = "little"  # of every K1 that Debian has numpy for
 _MACHINE = "ppc64le"
 _PIECE = 4 << 20  # bytes of a dump that are hashed at once; the digest is over the hashes
 _MAX_RANGES = 64
+_NEEDLESS = 0.05  # of the pages that the level drops may be kept: more, and the filter did not do its work
+_STATUS = {"none": 0, "zlib": 1, "lzo": 2, "snappy": 4, "zstd": 0x20}  # DUMP_DH_COMPRESSED_* of diskdump_mod.h
+_NAME = "vmcore"  # of a dump where it was saved; on the host it may have another
 
 CLASSES = {
     May.CACHE: "page cache",
@@ -153,6 +156,9 @@ class _Judge:
         file, truth = self._file, self._truth
         if file.level != self._saving.level:
             self._problem(f"the dump says level {file.level}, level {self._saving.level} was asked for")
+        if file.status != _STATUS[self._saving.codec]:
+            said = next((name for name, status in _STATUS.items() if status == file.status), f"status {file.status:#x}")
+            self._problem(f"the dump says {said}, {self._saving.codec} was asked for")
         if (file.utsname[2], file.utsname[4]) != (truth.release, _MACHINE):
             self._problem(f"the dump says it is of {file.utsname[2]} {file.utsname[4]}, K1 was {truth.release} {_MACHINE}")
         if file.vmcoreinfo != self._true_vmcoreinfo:
@@ -217,6 +223,7 @@ class _Judge:
         verdict, size = self._verdict, self._size
         may_be = Oracle(self._memory, VmcoreInfo.from_bytes(self._true_vmcoreinfo, "the truth"), _BYTEORDER).may_be()
         out = self._k1 & ~self._kept
+        self._judge_needless(may_be)
         may_be[self._zeros(out)] |= np.uint8(May.ZERO)
         allowed = may_be & np.uint8(droppable(self._saving.level)) != 0
         lost = out & ~allowed
@@ -239,6 +246,22 @@ class _Judge:
             needless=int((self._kept & self._k1 & allowed).sum()),
             dump_bytes=self._file.size,
         )
+
+    def _judge_needless(self, may_be: NDArray[np.uint8]) -> None:
+        """A filter that keeps what it should drop loses nothing, but is none. Zeros do not count: kept ones take no room."""
+        wanted = self._k1 & (may_be & np.uint8(droppable(self._saving.level)) != 0)
+        needless = wanted & self._kept
+        count, total = int(needless.sum()), int(wanted.sum())
+        if count > total * _NEEDLESS:
+            classes = [
+                f"{of_class:,} {name}"
+                for each, name in CLASSES.items()
+                if (of_class := int((needless & (may_be & np.uint8(each) != 0)).sum()))
+            ]
+            self._problem(
+                f"{count:,} of the {total:,} pages that level {self._saving.level} drops are kept, "
+                f"more than {_NEEDLESS:.0%}: {', '.join(classes)}"
+            )
 
     def _zeros(self, pages: NDArray[np.bool_]) -> NDArray[np.int64]:
         """Which of them are all zeros in the truth."""
@@ -299,19 +322,27 @@ def _judge_log(log: Path, truth: Truth, verdict: Verdict) -> None:
 
 
 def _judge_manifest(saved: SavedDump, saving: Saving, file: KdumpFile, truth: Truth, verdict: Verdict) -> None:
-    """The manifest must be true: the file, its digest, the pages of each class, the crash."""
+    """The manifest must be true, all of it but the time of the crash: the file, its digest, the pages, the crash, itself."""
     try:
         raw = json.loads(saved.manifest.read_text())
-        pages, said = raw["pages"], raw["dump"]
+        pages, said, digest = raw["pages"], raw["dump"], raw["digest"]
         facts = {
+            "version": (raw["manifest"], 1),
+            "file": (raw["file"], _NAME),
             "complete": (raw["complete"], True),
             "bytes": (raw["bytes"], file.size),
-            "digest": (raw["digest"]["root"], _digest(saved.dump)),
+            "digest's algorithm": (digest["algorithm"], "sha256-pieces"),
+            "digest's piece size": (digest["piece_size"], _PIECE),
+            "digest": (digest["root"], _digest(saved.dump)),
+            "recipient": (raw["encrypted_to"], None),
+            "format": (said["format"], "kdump-compressed"),
             "level": (said["level"], saving.level),
             "codec": (said["codec"], saving.codec),
             "page size": (said["page_size"], file.page_size),
             "kernel": (raw["crash"]["release"], truth.release),
+            "machine": (raw["crash"]["machine"], _MACHINE),
             "panic message": (raw["crash"]["panic"], truth.panic),
+            "sign-off": (raw["sign_off"], _sign_off(raw)),
         }
         counts = {name: int(pages[name]) for name in ("kept", "zero", "unreadable", *_MANIFEST_FIELDS.values())}
     except (ValueError, KeyError, TypeError) as error:
@@ -337,6 +368,12 @@ def _judge_counts(counts: dict[str, int], file: KdumpFile, verdict: Verdict) -> 
     total = sum(count for name, count in counts.items() if name not in ("zero", "unreadable"))  # which are among those kept
     if total != len(file.described):
         verdict.problems.append(f"the manifest counts {total:,} pages, the dump tells of {len(file.described):,}")
+
+
+def _sign_off(raw: dict[str, Any]) -> str:
+    """The sha256 of all the other fields: their JSON, keys sorted, without a space, other characters than ASCII escaped."""
+    others = {name: value for name, value in raw.items() if name != "sign_off"}
+    return hashlib.sha256(json.dumps(others, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _digest(path: Path) -> str:
