@@ -729,6 +729,23 @@ def test_of_an_upload_that_is_saved_nothing_stays_in_memory(store):
     assert len(claims(store)) == 3
 
 
+@pytest.mark.parametrize("how", ["dies", "ends"])
+def test_a_server_that_ends_by_itself_is_no_success(store, tmp_path, capsys, monkeypatch, how):
+    def serve(receiver):
+        receiver._server.serve_forever = lambda *_, **__: None
+        receiver._server.shutdown = lambda: None
+        if how == "dies":
+            raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(Receiver, "serve", serve)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    (tmp_path / "token").write_text(TOKEN)
+    (tmp_path / "token").chmod(0o600)
+    assert main(["receive", str(store), "--listen", "127.0.0.1:0", "--token-file", str(tmp_path / "token")]) == 70
+    assert "the server ended, and nobody told it to" in capsys.readouterr().err
+    Uploads(store).close()  # it let go of the directory
+
+
 def test_a_directory_has_one_receiver(store):
     uploads = Uploads(store)
     with pytest.raises(EnvironmentFault, match="another receiver"):

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crashkernel.cli.command import add_command
-from crashkernel.errors import UsageError
+from crashkernel.errors import CrashkernelError, UsageError
 from crashkernel.memory import format_size, parse_size
 from crashkernel.report.terminal import visible
 
 if TYPE_CHECKING:
     import ssl
+
+    from crashkernel.target.receiver import Receiver
 
 _DEFAULT_ADDRESS = "0.0.0.0:8790"
 
@@ -34,7 +36,8 @@ DIR/.crashkernel has a journal for each upload, small once its dump is saved. It
 well; a journal that did not change for a day may be deleted, and with an upload that was given up its directory, too.
 Without --tls-cert the token and the dumps go over the network in the clear: let senders encrypt (--encrypt-to).
 
-exit status: 0 stopped (SIGTERM, ^C), 2 usage, 3 the directory or the address cannot be had
+exit status: 0 stopped (SIGTERM, ^C), 2 usage, 3 the directory or the address cannot be had,
+70 it ended and was not told to
 """
 
 
@@ -71,7 +74,8 @@ def _receive(arguments: argparse.Namespace) -> int:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    serving = threading.Thread(target=receiver.serve, daemon=True)
+    died: list[Exception] = []
+    serving = threading.Thread(target=_serve, args=(receiver, died), daemon=True)
     serving.start()
     host, port = receiver.address
     where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -81,8 +85,18 @@ def _receive(arguments: argparse.Namespace) -> int:
         pass
     receiver.stop()
     receiver.close()
+    if not stop.is_set():
+        why = f"{type(died[0]).__name__}: {died[0]}" if died else "without a word"
+        raise CrashkernelError(f"the server ended, and nobody told it to: {why}", hint="start it again: uploads go on")
     _say("stopped; uploads on their way go on when it is started again")
     return 0
+
+
+def _serve(receiver: Receiver, died: list[Exception]) -> None:
+    try:
+        receiver.serve()
+    except Exception as error:
+        died.append(error)
 
 
 def _say(text: str) -> None:
