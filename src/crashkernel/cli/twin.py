@@ -517,8 +517,10 @@ class _Display:
             self.line(
                 f"  level {pages.level}: {pages.kept:,} pages of {format_size(pages.page_size)} in "
                 f"{format_size(pages.dump_bytes)}, {pages.zeros:,} of them zeros; left out {out}; "
-                f"not as the level says: {pages.lost:,} left out, {pages.needless:,} kept"
+                f"{pages.lost:,} left out that it keeps"
             )
+            if pages.needless:
+                self.line(f"  needless: {pages.needless:,} pages are kept that level {pages.level} drops", style="bold yellow")
         marks = {
             "K1's first 256 bytes": verdict.first_256_bytes_ok,
             "nonce": verdict.nonce_found,
