@@ -706,7 +706,13 @@ def test_a_file_without_recipients(tmp_path, text, says):
 
 @needs_age
 def test_a_key_that_age_refuses_leaves_nothing_in_the_clear(tmp_path):
-    options = TargetOptions(encryption=Encryption.to("age1nonsense"))
+    with pytest.raises(UsageError, match="cannot encrypt to age1nonsense: .*malformed"):
+        Encryption.to("age1nonsense")
+    (tmp_path / "keys").write_text("age1nonsense\n")
+    with pytest.raises(UsageError, match="cannot encrypt to age1nonsense"):
+        Encryption.to(str(tmp_path / "keys"))
+    (tmp_path / "keys").unlink()
+    options = TargetOptions(encryption=Encryption(("age1nonsense",)))  # as if age failed only then
     for small in (FILES, {}):
         with pytest.raises(NoTargetLeft, match=r"age1nonsense|malformed"):
             save(writer(8 << 20), [parse_target(str(tmp_path), options)], CRASH, files=small)

@@ -35,13 +35,15 @@ class Encryption:
     def to(cls, text: str) -> Encryption:
         """Encryption to `text`: a public key (age1…, ssh-ed25519 …, ssh-rsa …), or a file with one a line, as for `age -R`.
 
-        :raise UsageError: it is no key, and the file cannot be read or has none.
-        :raise EnvironmentFault: the program `age` is missing.
+        Nothing is encrypted to it at once, to see whether age takes the keys, before anything else is done.
+
+        :raise UsageError: it is no key, and the file cannot be read or has none; or age does not take a key.
+        :raise EnvironmentFault: the program `age` is missing, or cannot be run.
         """
         if shutil.which("age") is None:
             raise EnvironmentFault("the program age is missing", hint="install age, also in the capture kernel's initramfs")
         if text.startswith(_PREFIXES):
-            return cls((_checked(text),))
+            return cls((_checked(text),))._tried()
         try:
             with Path(text).open("rb") as file:
                 data = file.read(_MAX_RECIPIENTS)
@@ -54,7 +56,13 @@ class Encryption:
         keys = tuple(_checked(line) for line in lines if line and not line.startswith("#"))
         if not keys:
             raise UsageError(f"cannot encrypt to {text}: it has no public key", hint="put age recipients in it, one a line")
-        return cls(keys)
+        return cls(keys)._tried()
+
+    def _tried(self) -> Encryption:
+        done = self._run(b"")
+        if done.returncode:
+            raise UsageError(f"cannot encrypt to {self}: {_said(done)}", hint="is the key copied as a whole?")
+        return self
 
     def __str__(self) -> str:
         return ", ".join(self.recipients)
@@ -70,18 +78,25 @@ class Encryption:
         return subprocess.Popen(self._command(), stdin=source, stdout=sink, stderr=messages)
 
     def encrypt(self, data: bytes) -> bytes:
-        """A small file, encrypted. Doing it to nothing shows, before a crash, that age takes these keys.
+        """A small file, encrypted.
 
-        :raise EnvironmentFault: age cannot be started, or does not take a key.
+        :raise EnvironmentFault: age cannot be started, or fails.
         """
+        done = self._run(data)
+        if done.returncode:
+            raise EnvironmentFault(f"cannot encrypt to {self}: {_said(done)}")
+        return done.stdout
+
+    def _run(self, data: bytes) -> subprocess.CompletedProcess[bytes]:
         try:
-            done = subprocess.run(self._command(), input=data, capture_output=True, timeout=_LONGEST, check=False)
+            return subprocess.run(self._command(), input=data, capture_output=True, timeout=_LONGEST, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
             raise EnvironmentFault(f"cannot run age: {error}") from error
-        if done.returncode:
-            said = os.fsdecode(done.stderr).strip().splitlines()[:1]
-            raise EnvironmentFault(f"cannot encrypt to {self}: {' '.join(said) or 'age refuses'}")
-        return done.stdout
+
+
+def _said(done: subprocess.CompletedProcess[bytes]) -> str:
+    said = os.fsdecode(done.stderr).strip().splitlines()[:1]
+    return " ".join(said) or f"age ended with status {done.returncode}"
 
 
 def _checked(key: str) -> str:
