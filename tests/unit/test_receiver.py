@@ -569,7 +569,9 @@ def test_one_identity_is_one_upload(store):
         assert sender.begin("b")[0] == 409
 
 
-@pytest.mark.parametrize("header", ["", "Bearer ", "Bearer wrong", "Basic " + TOKEN, "Bearer \xff"])
+@pytest.mark.parametrize(
+    "header", ["", "Bearer ", "Bearer wrong", "Basic " + TOKEN, TOKEN, f" {TOKEN}", "Bearer" + TOKEN, "Bearer \xff"]
+)
 def test_without_the_token_nothing_happens(store, header):
     with receiving(store) as (receiver, _):
         status, _ = Sender(receiver).put(f"/uploads/{ID}", b'{"path": "x"}', Authorization=header)

@@ -302,8 +302,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def _put(self) -> tuple[dict[str, Any], int]:
-        given = self.headers.get("Authorization", "").removeprefix("Bearer ").strip()
-        if not hmac.compare_digest(hashlib.sha256(given.encode()).digest(), self.server.receiver.token):
+        scheme, _, given = self.headers.get("Authorization", "").strip().partition(" ")
+        right = hmac.compare_digest(hashlib.sha256(given.strip().encode()).digest(), self.server.receiver.token)
+        if scheme.lower() != "bearer" or not right:
             self._known = False
             raise Refused(401, "the token is not the receiver's")
         self._known = True
