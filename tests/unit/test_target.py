@@ -706,7 +706,7 @@ def test_a_file_without_recipients(tmp_path, text, says):
 
 @needs_age
 def test_a_key_that_age_refuses_leaves_nothing_in_the_clear(tmp_path):
-    with pytest.raises(UsageError, match="cannot encrypt to age1nonsense: .*malformed"):
+    with pytest.raises(UsageError, match=r"cannot encrypt to age1nonsense: .*malformed"):
         Encryption.to("age1nonsense")
     (tmp_path / "keys").write_text("age1nonsense\n")
     with pytest.raises(UsageError, match="cannot encrypt to age1nonsense"):

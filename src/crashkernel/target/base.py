@@ -92,7 +92,11 @@ class Target(Protocol):
         ...
 
     def settled(self, start: int, end: int) -> None:
-        """The file's bytes from offset `start` to `end` will not be written again: the target may see to them already."""
+        """The file's bytes from offset `start` to `end` will not be written again: the target may see to them already.
+
+        Ranges grow from one start: each call has the `start` of the one before, and an `end` not below its own.
+        (0, 0) says nothing.
+        """
         ...
 
     def commit(self, contents: Contents) -> Saved:
