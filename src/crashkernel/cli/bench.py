@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _DEFAULT_CASES = 100
 _DEFAULT_ROUNDS, _QUICK_ROUNDS = 5, 2
-_TABLE_WIDTH = 140  # columns, where no terminal says how many it has
+_TABLE_WIDTH = 160  # columns, where no terminal says how many it has
 
 _PURGATORY_EPILOG = """examples:
   crashkernel bench purgatory                          about a minute
