@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crashkernel.capture.codec import Codec, Compress, PageBatch
-from crashkernel.capture.selection import PageClass, Selection
+from crashkernel.capture.selection import PageClass, Selection, pages_of_each_class
 from crashkernel.errors import CrashkernelError, EnvironmentFault
 from crashkernel.vmcore.source import MissingMemory, Source
 
@@ -102,7 +102,7 @@ class _Slot:
         """Note the classes of a block's pages, and what was found doubtful about them; the size of the latter."""
         self._present[:] = np.packbits(classes != PageClass.ABSENT, bitorder="little")
         self._kept[:] = np.packbits(classes == PageClass.KEPT, bitorder="little")
-        self._classes[:] = np.bincount(classes, minlength=256)
+        self._classes[:] = pages_of_each_class(classes)
         data = json.dumps(list(found)).encode()
         if len(data) > len(self._doubts):  # the console would not take so much either
             data = b"[]"

@@ -33,6 +33,14 @@ class PageClass(IntEnum):
     ABSENT = 255
 
 
+def pages_of_each_class(classes: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """How many pages there are of each class, by its number; in less than half the time of `np.bincount`, which converts."""
+    counts = np.zeros(256, np.int64)
+    for each in PageClass:
+        counts[each] = np.count_nonzero(classes == each)
+    return counts
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """Consecutive pages from page frame `pfn` on, with the `PageClass` of each as a byte."""

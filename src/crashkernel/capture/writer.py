@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crashkernel.capture.crew import Crew, Pfns, Result
-from crashkernel.capture.selection import PageClass
+from crashkernel.capture.selection import PageClass, pages_of_each_class
 from crashkernel.errors import EnvironmentFault, UsageError
 from crashkernel.formats import diskdump, elf, flattened
 from crashkernel.formats.elf import ByteOrder
@@ -30,7 +30,7 @@ from crashkernel.vmcore.identity import Identity
 DumpFormat = Literal["kdump", "elf"]
 FORMATS: tuple[DumpFormat, ...] = ("kdump", "elf")
 
-_REMEMBERED = 8 << 20  # bytes of kept-page bitmap to keep from the first pass: 256 GiB of 4 KiB pages
+_REMEMBERED = 16 << 20  # bytes of kept-page bitmap to keep from the first pass: 512 GiB of 4 KiB pages
 _DESCRIPTORS = 8192  # page descriptors that are collected before they are written
 _IOV_MAX = 1024  # include/uapi/linux/uio.h, UIO_MAXIOV
 
@@ -401,7 +401,7 @@ def _told(crew: Crew, tally: _Tally, output: _Output, tell: Listener) -> Iterato
     selection = crew.selection
     for number in crew.blocks():
         classes = crew.classes_of(number)
-        tally.classes += np.bincount(classes, minlength=256)
+        tally.classes += pages_of_each_class(classes)
         done = min((number + 1) * crew.block, selection.max_pfn)
         tell(Progress(False, done, selection.max_pfn, output.size, tally.by_class()))
         yield classes

@@ -249,7 +249,6 @@ def _file_system(path: Path) -> str:
     device = path.stat().st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-        before, _, after = line.partition(" - ")
-        if before.split()[2] == number:
-            return after.split()[0]
+        if f" {number} " in line and line.split()[2] == number:
+            return line.partition(" - ")[2].split()[0]
     return ""
