@@ -28,9 +28,9 @@ LARGE = 2 * PIECE_SIZE + 300_000
 
 
 def points(count: int, total: int, seed: str) -> list[int]:
-    """`count` numbers from 1 to `total`: half of them random, half evenly over the last tenth, where names are given."""
+    """`count` numbers from 1 to `total`: half of them random, half evenly over the last fifth, where names are given."""
     dice = random.Random(seed)
-    late = range(total - total // 10, total)
+    late = range(total - total // 5, total)
     half = count // 2
     return [late[number * len(late) // half] for number in range(half)] + [dice.randint(1, total) for _ in range(count - half)]
 
