@@ -18,7 +18,7 @@ import pytest
 
 from crashkernel.cli import main
 from crashkernel.errors import EnvironmentFault, UsageError
-from crashkernel.formats.flattened import END, record_header
+from crashkernel.formats.flattened import END, HEADER, record_header
 from crashkernel.target import LOG, NoTargetLeft, TargetOptions, parse_target, save
 from crashkernel.target.manifest import PIECE_SIZE, Digest, Manifest, PieceHasher, manifest_name
 from crashkernel.target.receiver import Receiver
@@ -398,6 +398,16 @@ def test_what_the_disk_does_not_give_back_is_not_signed(store, damage, restarted
         scratch.write_bytes(dump)
         assert sender.finish(stream)[0] == 201
     assert is_whole(store / CRASH / "vmcore", dump)
+
+
+def test_a_stream_of_crumbs_is_refused(store):
+    stream = HEADER + b"".join(record_header(2 * at, 1) + b"x" for at in range(20_000))
+    with receiving(store) as (receiver, _):
+        sender = Sender(receiver)
+        sender.begin()
+        status, answer = sender.put(f"/uploads/{ID}/dump/0", stream)
+    assert status == 422
+    assert "crumbs" in answer["error"]
 
 
 def test_of_two_records_for_the_same_bytes_the_later_counts(store):

@@ -42,6 +42,8 @@ _IDENTITY = re.compile(r"[0-9a-f]{32}", re.ASCII)
 _COMPONENT = re.compile(r"[A-Za-z0-9_+@%=,-][A-Za-z0-9._+@%=,-]{0,99}", re.ASCII)
 _MOST_COMPONENTS = 8
 _HASH_SIZE = 32
+_MOST_EXTENTS = 1 << 14
+"""In a piece: each takes 48 bytes of memory. A dump's records have some KiB, and most follow each other."""
 
 
 class Refused(CrashkernelError):
@@ -173,6 +175,8 @@ class Uploads:
                     unpacker.put(data)
                 except FormatError as error:
                     raise Refused(422, str(error), received) from error
+                if len(extents) > _MOST_EXTENTS:
+                    raise Refused(422, f"a flattened stream of crumbs: {len(extents):,} in {len(data):,} bytes", received)
                 os.fdatasync(descriptor)
                 if received == 0:
                     flush_directory(directory)
