@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crashkernel.errors import CrashkernelError, FormatError
+from crashkernel.memory import Range, RangeSet
 from crashkernel.vmcore import dmesg
 from crashkernel.vmcore.dmesg import Record, format_record, log_records, panic_line, read_log
 from crashkernel.vmcore.kernel import CrashedKernel
@@ -131,6 +132,25 @@ def test_parts_that_are_not_in_the_dump_are_doubted():
     kernel = CrashedKernel(made.source())
     assert read_log(kernel) == ""
     assert kernel.doubts[0].startswith("messages of the log: ")
+
+
+def test_a_page_of_text_that_is_missing_costs_only_the_messages_on_it():
+    made = SyntheticKernel(ranges=((0, 64 * MIB),))
+    ring = ring_for(count_bits=8, size_bits=15)
+    lines = [b"message number %03d %s" % (number, b"." * 200) for number in range(100)]
+    for line in lines:
+        ring.append(line)
+    made.put_log(ring)
+    source = made.source()
+    lost = Range.sized(made.log_text // 4096 * 4096 + 8192, 4096)
+    source.memory = source.memory - RangeSet([lost])
+    kernel = CrashedKernel(source)
+    found = read_log(kernel).splitlines()
+    numbers = [int(line.split("number ")[1][:3]) for line in found]
+    missing = sorted(set(range(100)) - set(numbers))
+    assert missing == list(range(missing[0], missing[-1] + 1))
+    assert 4096 // 240 <= len(missing) <= 4096 // 220 + 2
+    assert kernel.doubts[0].startswith("text of the log: ")
 
 
 def test_a_ring_whose_ids_make_no_sense_is_read_as_far_as_it_goes():

@@ -233,14 +233,18 @@ class _Texts:
         """Return bytes of the ring: messages follow each other, so what is read is kept for the next."""
         offset = place - self._window
         if self._window < 0 or offset < 0 or offset + size > len(self._data):
-            wanted = min(max(size, _WINDOW), self._ring.text_size - place)
-            try:
-                self._data = self._kernel.read(self._ring.text + place, wanted)
-            except CrashkernelError as error:
-                self._window = -1
-                self._kernel.doubt(f"text of the log: {error}")
+            self._window = -1
+            for wanted in (min(max(size, _WINDOW), self._ring.text_size - place), size):
+                try:
+                    self._data = self._kernel.read(self._ring.text + place, wanted)
+                except CrashkernelError as error:  # it may be a page behind this message that is missing
+                    reason = error
+                    continue
+                self._window, offset = place, 0
+                break
+            else:
+                self._kernel.doubt(f"text of the log: {reason}")
                 return None
-            self._window, offset = place, 0
         return self._data[offset : offset + size]
 
 
