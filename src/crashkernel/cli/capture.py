@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import shutil
@@ -117,6 +118,7 @@ def _workers(text: str) -> int:
 
 def _capture(arguments: argparse.Namespace) -> int:
     require_numpy()
+    gc.disable()  # what is imported stays: looking for garbage in it is a twentieth of a short capture's start
     from crashkernel.target import LOG, crash_name, save  # noqa: PLC0415
     from crashkernel.vmcore.dmesg import read_log  # noqa: PLC0415
     from crashkernel.vmcore.kernel import CrashedKernel  # noqa: PLC0415
@@ -184,6 +186,7 @@ class _Capture:
         from crashkernel.capture.selection import DL_ZERO  # noqa: PLC0415
         from crashkernel.capture.writer import write_dump  # noqa: PLC0415
 
+        gc.enable()
         arguments, source, console = self._arguments, self._kernel.source, self._console
         selection = PageFilter(self._kernel, source, arguments.level)
         console.doubt(selection.findings.doubts())

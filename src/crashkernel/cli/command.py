@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -36,7 +35,6 @@ def require_numpy() -> None:
         )
     # numpy's linear algebra would start a thread for each CPU; nothing here uses it
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    gc.disable()  # what is imported stays, and looking for garbage in it takes a twentieth of the time; cycles are few
 
 
 def read(path: Path) -> bytes:
