@@ -110,8 +110,11 @@ def test_drgn_reads_the_dump(captured, placement):
     program = drgn.Program()
     program.set_core_dump(directory / "vmcore")
     assert program.platform.arch == drgn.Architecture.PPC64
+    # the page that the hypervisor counted in is another one on each run
+    counted = {int(each["range"].split("-")[0], 16) // PAGE for each in captured.drills[placement]["exempt"]}
     with KdumpFile(directory / "vmcore", "little") as dump, (directory / "truth").open("rb") as truth:
-        for pfn in dump.pfns[1 : len(dump.pfns) : len(dump.pfns) // 16].tolist():
+        pfns = [pfn for pfn in dump.pfns.tolist() if pfn not in counted]
+        for pfn in pfns[1 :: len(pfns) // 16]:
             truth.seek(pfn * PAGE)
             assert program.read(pfn * PAGE, PAGE, physical=True) == truth.read(PAGE)
 
