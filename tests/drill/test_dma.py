@@ -46,7 +46,9 @@ def test_a_driver_s_buffers_in_freed_init_ruin_k2_at_zero(tmp_path):
 def test_the_same_buffers_are_harmless_where_k2_runs_in_its_region(tmp_path):
     result, output = drill(tmp_path, "reserved", "init,slack")
     assert result["verdict"] == "PASS", output
-    assert all(region["targets"] for region in result["dma"]["regions"])
+    init, _ = result["dma"]["regions"]
+    # behind its image K1 may have eight free pages to give out, or none: that is luck
+    assert init["targets"], "K1 gives such pages out"
     assert result["dma"]["writes_into_k2"] == 0
     assert result["dma"]["writes"] > 1000, "a device that writes as long as K2 lives"
     assert result["bytes_in_device_buffers"] > 10_000

@@ -51,6 +51,9 @@ CRASH_APPLETS = ("sh", "cat", "hexdump", "insmod", "mount", "poweroff", "sleep",
 CAPTURE_APPLETS = ("sh", "cat", "dd", "insmod", "mount", "poweroff", "sleep", "stat", "tail")
 NETWORK_APPLETS = ("ifconfig",)  # K2's, likewise
 
+_NOT_IN_K1 = ("drill", "bench", "vmcore", "capture", "target", "dump")
+"""Rooms that nobody enters before the crash. What the dying kernel's files take of its memory, a driver cannot be given."""
+
 GUEST_PACKAGE_ROOT = PurePosixPath("usr/lib/crashkernel")  # PYTHONPATH in crash-init.sh
 
 # ------------------------------------------------------------------------------------------------------------- modules
@@ -421,7 +424,7 @@ def build_crash_image(
     if driver != "none":
         root.file(str(GUEST_PACKAGE_ROOT / "driver.py"), _script("guest_driver.py"))
     _add_python(root, userland.python, _PYTHON_FILES, _UNUSED, _add_source)
-    _add_package(root, package or Path(crashkernel.__file__).parent, ("drill",), _add_source)
+    _add_package(root, package or Path(crashkernel.__file__).parent, _NOT_IN_K1, _add_source)
     if loader == "kexec-tools":
         if userland.kexec is None:
             raise EnvironmentFault("the userland was fetched without kexec-tools")
