@@ -179,6 +179,11 @@ class _Job:
     answer: int | None = None  # once it is done
 
 
+def _capacity(page_size: int) -> int:
+    """How many pages a batch has."""
+    return max(1, BATCH_BYTES // page_size)
+
+
 @dataclass(eq=False)
 class Crew:
     """`workers` processes that survey `selection`, take pages from `source` and compress them with `codec`; a context manager.
@@ -197,7 +202,7 @@ class Crew:
 
     def __post_init__(self) -> None:
         self.page_size = self.source.page_size
-        self.capacity = max(1, BATCH_BYTES // self.page_size)
+        self.capacity = _capacity(self.page_size)
         self.block = BLOCK
         self._own = _Slot(self.capacity, self.page_size, self.block)
 
@@ -216,7 +221,7 @@ class Crew:
     @staticmethod
     def memory_for(page_size: int) -> int:
         """Bytes of shared memory that one worker takes; its process takes some MiB of its own."""
-        return _SLOTS * (PageBatch.bytes_for(max(1, BATCH_BYTES // page_size), page_size) + 9)
+        return _SLOTS * (PageBatch.bytes_for(_capacity(page_size), page_size) + 9)
 
     def renew(self) -> None:
         """Have workers that know what the selection is now."""

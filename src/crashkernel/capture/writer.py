@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from crashkernel.capture.crew import Crew, Pfns, Result
+from crashkernel.capture.crew import Crew, Pfns
 from crashkernel.capture.selection import PageClass, pages_of_each_class
 from crashkernel.errors import EnvironmentFault, UsageError
 from crashkernel.formats import diskdump, elf, flattened
@@ -316,15 +316,11 @@ def _write_kdump(identity: Identity, crew: Crew, output: _Output, tell: Listener
         )
         offset += size
         done += len(result.pfns)
-        _note(tally, result, zero)
+        tally.zero += int(np.count_nonzero(zero))
+        tally.unreadable += result.unreadable
         tell(Progress(True, done, tally.kept, output.size, tally.by_class(), (zeros_at, offset), len(tally.unreadable)))
     descriptors.flush()
     return tally
-
-
-def _note(tally: _Tally, result: Result, zero: NDArray[np.bool_]) -> None:
-    tally.zero += int(np.count_nonzero(zero))
-    tally.unreadable += result.unreadable
 
 
 class _Descriptors:

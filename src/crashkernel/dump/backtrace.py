@@ -19,8 +19,7 @@ from typing import Any
 from crashkernel.dump.dumpfile import Dump
 from crashkernel.errors import EnvironmentFault, FormatError
 from crashkernel.formats.elf import EM_PPC64
-from crashkernel.vmcore.identity import PPC64_LINEAR
-from crashkernel.vmcore.kernel import CrashedKernel
+from crashkernel.vmcore.kernel import PPC64_LINEAR, CrashedKernel
 
 _MOST_FRAMES = 64
 _LR_SAVE = 16  # of a caller's frame: where its callee returns to

@@ -32,7 +32,8 @@ from crashkernel.formats.diskdump import MainHeader, SubHeader
 from crashkernel.formats.elf import EM_PPC64, PT_LOAD, PT_NOTE, ByteOrder, ElfFile, Segment, iter_notes
 from crashkernel.formats.vmcoreinfo import VmcoreInfo
 from crashkernel.memory import Range, RangeSet, format_size
-from crashkernel.vmcore.identity import MACHINES, PPC64_LINEAR
+from crashkernel.vmcore.identity import MACHINES
+from crashkernel.vmcore.kernel import PPC64_LINEAR
 from crashkernel.vmcore.source import NOTES_LIMIT, PADDR_LIMIT, PAGE_SIZES, ElfVmcore, MissingMemory
 
 _MACHINES = {name: machine for (machine, _), name in MACHINES.items()}  # by what `uname -m` calls them

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from crashkernel.errors import CrashkernelError
 from crashkernel.formats.diskdump import NAME_SIZE, UTSNAME_SIZE, Utsname
 from crashkernel.formats.elf import EM_PPC64, EM_X86_64
-from crashkernel.vmcore.kernel import CrashedKernel
+from crashkernel.vmcore.kernel import PPC64_LINEAR, CrashedKernel
 
-PPC64_LINEAR = 0xC000_0000_0000_0000
-"""Where ppc64's kernel has physical address 0, and its addresses begin: PAGE_OFFSET, arch/powerpc/include/asm/page.h."""
 MACHINES = {(EM_PPC64, "little"): "ppc64le", (EM_PPC64, "big"): "ppc64", (EM_X86_64, "little"): "x86_64"}
 """What `uname -m` calls an ELF machine of a byte order."""
 

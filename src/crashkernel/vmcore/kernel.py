@@ -30,9 +30,10 @@ _ADDRESS_SPACE = 1 << 64
 # x86_64: the kernel's image is mapped from here (__START_KERNEL_map); how far when VMCOREINFO does not say, without KASLR.
 _X86_64_IMAGE = 0xFFFF_FFFF_8000_0000
 _X86_64_IMAGE_SIZE = 1 << 29
-# ppc64: physical memory is mapped from PAGE_OFFSET up to where vmalloc begins: H_KERN_VIRT_START of a hash kernel with 4 KiB
-# pages, and of all others (RADIX_KERN_VIRT_START).
-_PPC64_PAGE_OFFSET = 0xC000_0000_0000_0000
+PPC64_LINEAR = 0xC000_0000_0000_0000
+"""Where ppc64's kernel has physical address 0, and its addresses begin: PAGE_OFFSET, arch/powerpc/include/asm/page.h."""
+# From there physical memory is mapped up to where vmalloc begins: H_KERN_VIRT_START of a hash kernel with 4 KiB pages, and
+# of all others (RADIX_KERN_VIRT_START).
 _PPC64_HASH_4K_VIRTUAL = 0xC000_3D00_0000_0000
 _PPC64_VIRTUAL = 0xC008_0000_0000_0000
 _MAX_VMEMMAP_BLOCKS = 1 << 20  # of 16 MiB each as a rule; the list is K1's and could have no end
@@ -180,14 +181,14 @@ class CrashedKernel:
 
     def _map_ppc64(self) -> None:
         info = self.info
-        root = info.symbol("swapper_pg_dir") - _PPC64_PAGE_OFFSET
+        root = info.symbol("swapper_pg_dir") - PPC64_LINEAR
         radix = PageTable(root, ppc64_format(self._page_size, radix=True), self.source.read, self.doubt)
         is_radix = info.number("RADIX_MMU") == 1 if "NUMBER(RADIX_MMU)" in info else self._maps_itself(radix)
         if is_radix:
-            self._mappings = Direct(_PPC64_PAGE_OFFSET, _PPC64_VIRTUAL, 0), radix
+            self._mappings = Direct(PPC64_LINEAR, _PPC64_VIRTUAL, 0), radix
             return
         end = _PPC64_VIRTUAL if self._page_size == 0x10000 else _PPC64_HASH_4K_VIRTUAL
-        linear = Direct(_PPC64_PAGE_OFFSET, end, 0)
+        linear = Direct(PPC64_LINEAR, end, 0)
         self._mappings = (linear,)  # which is where the list lies
         hashed = PageTable(root, ppc64_format(self._page_size, radix=False), self.source.read, self.doubt)
         self._mappings = linear, self._vmemmap_list(), hashed
@@ -199,7 +200,7 @@ class CrashedKernel:
         words are no table that would translate an address to itself. Kernels before 6.10 do not say NUMBER(RADIX_MMU).
         """
         text = self.info.symbol("_stext")
-        return [each.paddr for each in table.spans(text, text + 1)] == [text - _PPC64_PAGE_OFFSET]
+        return [each.paddr for each in table.spans(text, text + 1)] == [text - PPC64_LINEAR]
 
     def _vmemmap_list(self) -> Blocks:
         """Return what backs the array of page structs of a hash kernel, which keeps a list of it (struct vmemmap_backing).
