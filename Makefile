@@ -3,7 +3,6 @@
 #   make drill    a real kernel dies twice on a virtual twin, and both dumps are proved byte for byte
 #   make test     all checks and tests, the drills included
 #   make check    the quick part of it: lint, types, unit tests
-#   make matrix   every supported machine and kernel (10 to 20 minutes); writes the README's table
 #   make bench    a drill against the two boots it contains
 #   make bench-purgatory  the purgatory alone, on thousands of generated plans (a minute or two)
 #   make bench-capture  capture beside makedumpfile, on a real vmcore (half an hour)
@@ -27,7 +26,7 @@ endef
 need = $(call wanted,command -v $(1) >/dev/null,$(2))
 need_library = $(call wanted,/sbin/ldconfig -p | grep -qF '$(1)',$(2))
 
-.PHONY: setup qemu binutils codecs readers drill test check matrix bench bench-purgatory bench-capture big-endian wheel purgatory clean
+.PHONY: setup qemu binutils codecs readers drill test check bench bench-purgatory bench-capture big-endian wheel purgatory clean
 
 setup: $(VENV)/.ready
 
@@ -77,9 +76,6 @@ check: setup binutils codecs
 
 test: check qemu readers
 	$(BIN)/pytest tests/bench tests/drill tests/capture
-
-matrix: setup qemu
-	$(BIN)/crashkernel matrix --update README.md
 
 bench: setup qemu
 	$(BIN)/crashkernel bench drill

@@ -14,12 +14,10 @@ import pytest
 from drill_command import COMMAND
 
 from crashkernel.drill import arrival, scenario
-from crashkernel.drill.debian import Archive, default_cache, resolve_kernel
-from crashkernel.drill.guest import fetch_userland
+from crashkernel.drill.debian import Archive, default_cache, silent
 from crashkernel.drill.kdump import KdumpFile
 from crashkernel.drill.record import judge_kept
-from crashkernel.drill.saving import Saving
-from crashkernel.drill.twin import Twin
+from crashkernel.drill.request import DrillRequest, fetch
 from crashkernel.errors import VerificationError
 from crashkernel.formats import cpio
 from crashkernel.placement.plan import PLACEMENTS
@@ -207,15 +205,10 @@ def test_makedumpfile_in_the_same_guest_selects_the_same_pages(tmp_path, monkeyp
 
     monkeypatch.setattr(scenario, "build_capture_image", build_with_peer)
     monkeypatch.setattr(arrival, "from_disk", take_both)
-    kernel = resolve_kernel("debian:bookworm")
+    request = DrillRequest(mmu=mmu, memory="1G", crashkernel="256M", placement="reserved", capture=31)
+    supplies = fetch(request, silent)
     said = []
-    outcome = scenario.run_drill(
-        scenario.Scenario(
-            Twin(mmu=mmu, memory=1 << 30, crashkernel="256M"), kernel, kernel, "reserved", tmp_path, saving=Saving(31)
-        ),
-        fetch_userland(capture=True),
-        lambda _, text: said.append(text),
-    )
+    outcome = scenario.run_drill(scenario.Scenario(request, supplies, tmp_path), lambda _, text: said.append(text))
     assert outcome.passed, outcome.failure or outcome.verdict
     assert "makedumpfile: makedumpfile Completed." in said
     with KdumpFile(tmp_path / "vmcore", "little") as ours, KdumpFile(tmp_path / "peer", "little") as theirs:

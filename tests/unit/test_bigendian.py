@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 import crashkernel
-from crashkernel.cli import main, twin
+from crashkernel.cli import main
 from crashkernel.drill import bigendian, debian, guest
+from crashkernel.drill.debian import silent
+from crashkernel.drill.request import DrillRequest, fetch
 from crashkernel.errors import EnvironmentFault, UsageError
 
 # Modules/Setup.bootstrap.in of CPython 3.11, and what the interpreter itself has (Modules/config.c.in).
@@ -238,15 +240,14 @@ class TestCommand:
         monkeypatch.setattr(guest, "fetch_userland", lambda **_options: little)
         monkeypatch.setattr(debian, "_kernel_from_debian", lambda spec, *_: kernel_in(cache, spec))
         spec = str(kernel.vmlinux) if by_path else "big-endian"
-        prepared = twin._prepare([spec, "debian:bookworm"], twin._Display())
-        assert [(kernel.byteorder, userland) for kernel, userland in prepared] == [
-            ("big", bigendian.find_userland(cache)),
-            ("little", little),
-        ]
+        assert fetch(DrillRequest(kernel=spec), silent).userland == bigendian.find_userland(cache)
+        assert fetch(DrillRequest(), silent).userland == little
+        with pytest.raises(UsageError, match="of different byte order"):
+            fetch(DrillRequest(kernel=spec, capture_kernel="debian:bookworm"), silent)
 
     def test_there_is_no_peer_to_measure_it_against(self, kernel):
         with pytest.raises(UsageError, match="no kexec-tools"):
-            twin._prepare(["big-endian"], twin._Display(), kexec_tools=True)
+            fetch(DrillRequest(kernel="big-endian"), silent, kexec_tools=True)
 
     def test_a_drill_of_what_was_not_built(self, kernel, monkeypatch, capsys):
         monkeypatch.setattr(bigendian, "_RECIPE", 0)

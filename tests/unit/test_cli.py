@@ -51,9 +51,7 @@ def complaint(capsys):
     return lines[0]
 
 
-@pytest.mark.parametrize(
-    "command", [[], ["plan"], ["load"], ["status"], ["unload"], ["drill"], ["matrix"], ["bench"], ["big-endian"]]
-)
+@pytest.mark.parametrize("command", [[], ["plan"], ["load"], ["status"], ["unload"], ["drill"], ["bench"], ["big-endian"]])
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])

@@ -29,10 +29,10 @@ from crashkernel.drill.dma import (
 )
 from crashkernel.drill.guest_driver import ELSEWHERE, Buffer, Holding, parse_wanted, take_all
 from crashkernel.drill.record import dma_record, evidence_json, judge_kept, outcome_record
+from crashkernel.drill.request import DrillRequest, Supplies
 from crashkernel.drill.scenario import Outcome, Scenario
 from crashkernel.drill.scenario import _effect as effect_of
 from crashkernel.drill.scenario import _places as places
-from crashkernel.drill.twin import Twin
 from crashkernel.drill.verdict import Verdict, judge
 from crashkernel.errors import StageFailed, UsageError
 from crashkernel.machine import HEAD_SIZE, Region
@@ -380,7 +380,7 @@ class TestReport:
 
     def test_a_drill_without_dma_says_so(self):
         kernel = Kernel("test", "6.1", None, None)
-        outcome = Outcome(Scenario(Twin(), kernel, kernel, "zero"), failure=StageFailed("load", "no"))
+        outcome = Outcome(Scenario(DrillRequest(), Supplies(kernel, kernel, None)), failure=StageFailed("load", "no"))
         record = outcome_record(outcome)
         assert record["dma"] is None
         assert record["quarantine"] is True
@@ -416,7 +416,7 @@ class TestEffect:
         kernel = Kernel("test", "6.1", None, None)
         dma = Dma(("init",))
         report = DmaReport(dma, writes_into_k2=into_k2)
-        outcome = Outcome(Scenario(Twin(), kernel, kernel, "zero", dma=dma), failure=failure, dma=report)
+        outcome = Outcome(Scenario(DrillRequest(), Supplies(kernel, kernel, None), dma=dma), failure=failure, dma=report)
         if verdict:
             outcome.verdict = Verdict(**verdict)
         (tmp_path / "console.log").write_text(console)

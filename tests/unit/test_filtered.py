@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from crashkernel.cli.twin import _Display
+from crashkernel.cli.display import Display
 from crashkernel.drill.filtered import SavedDump, judge_filtered
 from crashkernel.drill.saving import Saving
 from crashkernel.drill.verdict import Truth
@@ -283,12 +283,12 @@ def test_a_few_needless_pages_pass_and_more_do_not(bench):
 
 
 def test_needless_pages_have_a_line_of_their_own_where_the_verdict_is_shown(bench, capsys):
-    _Display().verdict(bench.judge())
+    Display().verdict(bench.judge())
     assert "needless" not in capsys.readouterr().out
     bench.pages[USER] = bench.page(USER)
     bench.counts["user"] -= 1
     bench.counts["kept"] += 1
-    _Display().verdict(bench.judge())
+    Display().verdict(bench.judge())
     assert "  needless: 1 pages are kept that level 31 drops\n" in capsys.readouterr().out
 
 

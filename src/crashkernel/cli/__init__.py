@@ -1,7 +1,7 @@
 """The `crashkernel` command: the only room that prints or exits.
 
 `describe`, `planning` (plan, compare) and `rescue` (load, status, unload) run on the POWER host and in its initramfs, `capture`
-in the capture kernel; `dumps` (inspect, verify, convert) and `receive` wherever a dump goes; `twin` (drill, matrix) and `bench`
+in the capture kernel; `dumps` (inspect, verify, convert) and `receive` wherever a dump goes; `twin` (drill) and `bench`
 on the engineer's machine. A command's module, and what that stands on, is imported only when it is asked for.
 """
 
@@ -51,7 +51,7 @@ _COMMANDS = {
     "capture": ("capture",),
     "dumps": ("inspect", "verify", "convert"),
     "receive": ("receive",),
-    "twin": ("drill", "describe-twin", "matrix", "big-endian"),
+    "twin": ("drill", "describe-twin", "big-endian"),
     "bench": ("bench",),
 }
 """The modules of this room, and the commands of each."""

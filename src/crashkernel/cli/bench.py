@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from crashkernel.bench.cpus import BARE
 from crashkernel.cli import faults, twin
 from crashkernel.cli.command import add_command
+from crashkernel.cli.display import require_extra, require_writable, terminable
 from crashkernel.errors import UsageError
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _purgatory(arguments: argparse.Namespace) -> int:
-    twin.require_extra("numpy", "rich")
+    require_extra("numpy", "rich")
     from rich.console import Console  # noqa: PLC0415
 
     from crashkernel.bench.plans import CaseName  # noqa: PLC0415
@@ -122,7 +123,7 @@ def _purgatory(arguments: argparse.Namespace) -> int:
     if arguments.cases < 1:
         raise UsageError("--cases must be at least 1")
     if arguments.json is not None:
-        twin.require_writable(arguments.json)
+        require_writable(arguments.json)
     console = Console(highlight=False, soft_wrap=True)
     if arguments.case is not None:
         if arguments.seed is None:
@@ -131,7 +132,7 @@ def _purgatory(arguments: argparse.Namespace) -> int:
     seed = random.randrange(1 << 32) if arguments.seed is None else arguments.seed  # noqa: S311  (not for secrets)
     series = Series.of(seed, dict.fromkeys(arguments.cpu or BARE), arguments.cases)
     started = time.monotonic()
-    with twin.terminable():
+    with terminable():
         _run(series, console)
     console.print(_table(series))
     for failure in series.failures:
@@ -164,7 +165,7 @@ def _run(series: Series, console: Console) -> None:
 def _one(name: CaseName, seed: int, console: Console) -> int:
     from crashkernel.bench.series import run_cases  # noqa: PLC0415
 
-    with twin.terminable():
+    with terminable():
         (result,) = run_cases(seed, [name])
     _show(name, seed, result.problems, console)
     return 1 if result.problems else 0
@@ -208,7 +209,7 @@ def _table(series: Series) -> Any:
 
 
 def _capture(arguments: argparse.Namespace) -> int:
-    twin.require_extra("numpy", "rich", "qemu.qmp")
+    require_extra("numpy", "rich", "qemu.qmp")
     from rich.console import Console  # noqa: PLC0415
 
     from crashkernel.bench.capture import Bench  # noqa: PLC0415
@@ -217,9 +218,9 @@ def _capture(arguments: argparse.Namespace) -> int:
     if runs < 1:
         raise UsageError("--runs must be at least 1")
     if arguments.json is not None:
-        twin.require_writable(arguments.json)
+        require_writable(arguments.json)
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _TABLE_WIDTH)
-    with twin.terminable(), console.status("preparing") as status:
+    with terminable(), console.status("preparing") as status:
 
         def tell(message: str) -> None:
             if console.is_terminal:

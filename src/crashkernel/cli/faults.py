@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from crashkernel.bench.cpus import BARE, CPUS
-from crashkernel.cli import twin
 from crashkernel.cli.command import add_command
+from crashkernel.cli.display import require_extra, require_writable, terminable
 from crashkernel.errors import UsageError
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def add_benches(benches: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _faults(arguments: argparse.Namespace) -> int:
-    twin.require_extra("numpy", "rich")
+    require_extra("numpy", "rich")
     from rich.console import Console  # noqa: PLC0415
 
     from crashkernel.bench.bits import flip_bits, inject_damage, render_bits, render_injections  # noqa: PLC0415
@@ -83,7 +83,7 @@ def _faults(arguments: argparse.Namespace) -> int:
         raise UsageError("--every must be at least 1")
     for path in (arguments.svg, arguments.json):
         if path is not None:
-            twin.require_writable(path)
+            require_writable(path)
     console = Console(highlight=False, soft_wrap=True)
     cpu, little = arguments.cpu, CPUS[arguments.cpu].little and not arguments.big_endian
     placements = tuple(dict.fromkeys(arguments.placement or _PLACEMENTS))
@@ -92,7 +92,7 @@ def _faults(arguments: argparse.Namespace) -> int:
     def show(text: str) -> None:
         console.print(text + "\n", markup=False)
 
-    with twin.terminable():
+    with terminable():
         shown = _with_progress(console, partial(inject_damage, cpu))
         show(render_injections(shown))
         bad += len(shown.missed) + shown.imagined
@@ -123,13 +123,13 @@ def _faults(arguments: argparse.Namespace) -> int:
 
 
 def _instructions(arguments: argparse.Namespace) -> int:
-    twin.require_extra("numpy", "rich")
+    require_extra("numpy", "rich")
     from rich.console import Console  # noqa: PLC0415
 
     from crashkernel.bench.instructions import count_instructions, render_instructions  # noqa: PLC0415
 
     console = Console(highlight=False, soft_wrap=True)
-    with twin.terminable():
+    with terminable():
         report = _with_progress(console, partial(count_instructions, arguments.cpu or BARE))
     console.print(render_instructions(report), markup=False)
     return 0

@@ -79,9 +79,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     _add_machine(compare_)
     choices.add_capture_kernel(compare_)
-    compare_.add_argument(
-        "--drills", type=Path, metavar="FILE", help="what drills showed: the JSON of `crashkernel drill` or `matrix`"
-    )
+    compare_.add_argument("--drills", type=Path, metavar="FILE", help="what drills showed: the JSON of `crashkernel drill`")
     compare_.add_argument("--json", action="store_true", help="for scripts")
     compare_.set_defaults(run=_compare)
 

@@ -395,8 +395,8 @@ def build_crash_image(
 ) -> Path:
     """The dying kernel's root file system, for `kernel`, written to `output`.
 
-    It finds the capture kernel as ``/boot/vmlinux`` and its root file system as ``/boot/initrd``, and its own kernel, if that
-    is the same, as ``/boot/vmlinux-RELEASE`` too. `load_args` go to ``crashkernel load`` (which is also told
+    It finds the capture kernel as ``/boot/vmlinux`` and its root file system as ``/boot/initrd``, and its own kernel as
+    ``/boot/vmlinux-RELEASE``. `load_args` go to ``crashkernel load`` (which is also told
     ``--plan-out``), `append` to kexec-tools. `nonce` is planted before the crash. `package` is the directory of the package
     to run, this one when not given. With the task `describe` it only runs ``crashkernel describe`` and ends. With
     a `driver` it takes buffers when the host says so; an `early` one has had K1's freed init section before, until K1's
@@ -417,8 +417,11 @@ def build_crash_image(
     root.file("etc/crashkernel/append", append.encode())
     root.file("etc/crashkernel/nonce.0", nonce[: NONCE_SIZE // 2])
     root.file("etc/crashkernel/nonce.1", nonce[NONCE_SIZE // 2 :])
+    own = f"boot/vmlinux-{kernel.name}"  # where the machine's reader looks for K1's own file
     if capture_kernel.vmlinux == kernel.vmlinux:
-        root.symlink(f"boot/vmlinux-{kernel.name}", "vmlinux")  # where the machine's reader looks for K1's own file
+        root.symlink(own, "vmlinux")
+    else:
+        root.copy(own, kernel.vmlinux)
     if capture_image is not None:
         root.copy("boot/initrd", capture_image)
     if driver != "none":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -33,9 +34,10 @@ def outcome_record(outcome: Outcome) -> dict[str, Any]:
     failure = outcome.failure
     return {
         "placement": outcome.scenario.placement,
+        "command": shlex.join(outcome.scenario.request.command()),
         "verdict": "PASS" if outcome.passed else "FAIL",
         **verdict_record(verdict),
-        "quarantine": outcome.scenario.quarantine,
+        "quarantine": not outcome.scenario.request.no_quarantine,
         "dma": None if outcome.dma is None else dma_record(outcome.dma),
         "flipped": outcome.scenario.flip,
         "told": outcome.told,
@@ -46,6 +48,7 @@ def outcome_record(outcome: Outcome) -> dict[str, Any]:
         "stages": outcome.stages,
         "seconds": outcome.seconds,
         "kernel": outcome.scenario.k1.name,
+        "capture_kernel": outcome.scenario.k2.name,
         "machine": outcome.scenario.twin.title,
         "dump": str(outcome.dump) if outcome.dump else None,
         "plan": json.loads(outcome.plan.to_json()) if outcome.plan else None,

@@ -38,6 +38,10 @@ class Saving:
         return f"crashkernel capture at level {self.level}, {self.codec}, to {self.to}"
 
 
+FOOTPRINT_WORDS = ("memory", "peak")
+"""The guest's messages that `Footprint.take` takes."""
+
+
 @dataclass(slots=True)
 class Footprint:
     """What the capture took of K2's memory, in bytes. `least` is what was available when least was."""

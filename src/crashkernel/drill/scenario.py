@@ -34,21 +34,23 @@ from crashkernel.drill.dma import (
     driver_command,
 )
 from crashkernel.drill.filtered import judge_filtered
-from crashkernel.drill.guest import NONCE_SIZE, Loader, Userland, build_capture_image, build_crash_image
+from crashkernel.drill.guest import NONCE_SIZE, Loader, build_capture_image, build_crash_image
 from crashkernel.drill.qemu import Debugger, RunningTwin, Wiring, qemu_command
 from crashkernel.drill.record import CONSOLE, DUMP, EVIDENCE, PLAN, TRUTH, evidence_json
-from crashkernel.drill.saving import Footprint, Saving
-from crashkernel.drill.twin import Twin
+from crashkernel.drill.saving import FOOTPRINT_WORDS, Footprint
 from crashkernel.drill.verdict import Truth, Verdict, begin_verdict, judge
 from crashkernel.errors import EnvironmentFault, FormatError, StageFailed, UsageError, VerificationError
 from crashkernel.machine import HEAD_SIZE, Region
 from crashkernel.machine.live import cpu_list
 from crashkernel.memory import Range, RangeSet, format_size
-from crashkernel.placement.plan import DamagePolicy, LoadPlan, PlacementName, SegmentContent
+from crashkernel.placement.plan import LoadPlan, PlacementName, SegmentContent
 from crashkernel.purgatory import PARAMETERS_OFFSET, STATE_OFFSET
 
 if TYPE_CHECKING:
     from crashkernel.drill.debian import Kernel
+    from crashkernel.drill.request import DrillRequest, Supplies
+    from crashkernel.drill.saving import Saving
+    from crashkernel.drill.twin import Twin
 
 CAPTURE_CMDLINE = "console=hvc0 irqpoll reset_devices rdinit=/init"
 _ONE_CPU = " maxcpus=1"
@@ -84,19 +86,37 @@ DESCRIBE = Stage("describe", 180, "the command's own message says what to change
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """What to drill. `keep` is the directory to leave dump, truth, plan and logs in; None throws them away."""
+    """What to drill, and with what. `keep` is the directory to leave dump, truth, plan and logs in; None throws them away."""
 
-    twin: Twin
-    k1: Kernel
-    k2: Kernel
-    placement: PlacementName
+    request: DrillRequest
+    supplies: Supplies
     keep: Path | None = None
-    all_cpus: bool = False  # K2 starts every CPU, not only the one that crashed
-    on_damage: DamagePolicy = "reboot"
     flip: SegmentContent | None = None  # flip a bit of this once K1 is dead: the purgatory is to say so
     dma: Dma | None = None  # a device goes on writing when K1 is dead
-    quarantine: bool = True  # `crashkernel load`'s own default
-    saving: Saving | None = None  # `crashkernel capture` saves the dump; None: a raw copy of /proc/vmcore
+    twin: Twin = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "twin", self.request.resolved(self.k1.vmlinux))
+
+    @property
+    def k1(self) -> Kernel:
+        """The kernel that dies."""
+        return self.supplies.k1
+
+    @property
+    def k2(self) -> Kernel:
+        """The kernel that captures."""
+        return self.supplies.k2
+
+    @property
+    def placement(self) -> PlacementName:
+        """Where K2 runs."""
+        return self.request.placement
+
+    @property
+    def saving(self) -> Saving | None:
+        """`crashkernel capture` saves the dump; None: a raw copy of /proc/vmcore."""
+        return self.request.saving
 
 
 @dataclass(slots=True)
@@ -180,7 +200,7 @@ class _Silent(_GuestSaidNo):
     """K2 never printed a line: what the console holds is K1's."""
 
 
-def run_drill(scenario: Scenario, userland: Userland, tell: Listener) -> Outcome:
+def run_drill(scenario: Scenario, tell: Listener) -> Outcome:
     """Drill once. A stage that fails is in the outcome, not raised.
 
     :raise EnvironmentFault: this machine lacks something, or has no room.
@@ -189,7 +209,7 @@ def run_drill(scenario: Scenario, userland: Userland, tell: Listener) -> Outcome
     start = time.monotonic()
     with working_directory(scenario.twin.memory, _FILES + (scenario.saving is not None)) as directory:
         try:
-            asyncio.run(_arrange(scenario, userland, Wiring(directory), outcome, tell))
+            asyncio.run(_arrange(scenario, Wiring(directory), outcome, tell))
         except StageFailed as failure:
             outcome.failure = failure
         outcome.seconds = round(time.monotonic() - start, 3)
@@ -200,21 +220,19 @@ def run_drill(scenario: Scenario, userland: Userland, tell: Listener) -> Outcome
     return outcome
 
 
-async def _arrange(scenario: Scenario, userland: Userland, wiring: Wiring, outcome: Outcome, tell: Listener) -> None:
+async def _arrange(scenario: Scenario, wiring: Wiring, outcome: Outcome, tell: Listener) -> None:
     """Drill, with somebody to receive the dump where that is wanted."""
     if scenario.saving is None:
-        await _drill(scenario, userland, wiring, outcome, tell, None)
+        await _drill(scenario, wiring, outcome, tell, None)
         return
     async with arrival(scenario.saving, wiring.disk, wiring.directory) as arriving:
-        await _drill(scenario, userland, wiring, outcome, tell, arriving)
+        await _drill(scenario, wiring, outcome, tell, arriving)
 
 
-async def _drill(
-    scenario: Scenario, userland: Userland, wiring: Wiring, outcome: Outcome, tell: Listener, arriving: Arrival | None
-) -> None:
+async def _drill(scenario: Scenario, wiring: Wiring, outcome: Outcome, tell: Listener, arriving: Arrival | None) -> None:
     clock = _Clock(outcome, tell)
     nonce = secrets.token_bytes(NONCE_SIZE)
-    initrd = _build(scenario, userland, wiring, nonce, "crashkernel", arriving)
+    initrd = _build(scenario, wiring, nonce, "crashkernel", arriving)
     network = scenario.saving is not None and scenario.saving.to == "network"
     command = qemu_command(scenario.twin, scenario.k1.vmlinux, initrd, wiring, network=network)
     async with (
@@ -251,7 +269,7 @@ async def _drill(
                 machine.spoke.clear()
                 await debugger.detach()
                 outcome.told = await _told(machine, scenario.flip)
-                if scenario.on_damage == "reboot":
+                if scenario.request.on_damage == "reboot":
                     await machine.process.wait()  # the twin ends where a machine would reboot
             return
         with _device(outcome.dma, wiring.ram, plan, _panic_text(machine.panics)) as device:
@@ -322,33 +340,41 @@ async def _hand_over(
     return size
 
 
-def run_bare(twin: Twin, k1: Kernel, userland: Userland, tell: Listener) -> Outcome:
+def run_bare(request: DrillRequest, supplies: Supplies, tell: Listener) -> Outcome:
     """The peer's twin: boot, load with kexec-tools, crash, boot K2; no truth, no capture, no verdict. For `make bench`."""
-    outcome = Outcome(Scenario(twin, k1, k1, "reserved"))
+    outcome = Outcome(Scenario(request, supplies))
     start = time.monotonic()
-    with working_directory(twin.memory) as directory:
+    with working_directory(outcome.scenario.twin.memory) as directory:
         try:
-            asyncio.run(_bare(outcome.scenario, userland, Wiring(directory), outcome, tell))
+            asyncio.run(_bare(outcome.scenario, Wiring(directory), outcome, tell))
         except StageFailed as failure:
             outcome.failure = failure
         outcome.seconds = round(time.monotonic() - start, 3)
     return outcome
 
 
-def describe_twin(twin: Twin, kernel: Kernel, userland: Userland, tell: Listener) -> str:
-    """The description that `crashkernel describe` writes in K1 on `twin`: JSON, as the guest sent it.
+def describe_twin(request: DrillRequest, supplies: Supplies, tell: Listener) -> str:
+    """The description that `crashkernel describe` writes in K1: JSON, as the guest sent it.
 
     :raise StageFailed: the twin did not boot, or the command failed.
     :raise EnvironmentFault: this machine lacks something, or has no room.
     """
-    with working_directory(twin.memory) as directory:
-        return asyncio.run(_describe(twin, kernel, userland, Wiring(directory), tell))
+    scenario = Scenario(request, supplies)
+    with working_directory(scenario.twin.memory) as directory:
+        return asyncio.run(_describe(scenario, Wiring(directory), tell))
 
 
-async def _describe(twin: Twin, kernel: Kernel, userland: Userland, wiring: Wiring, tell: Listener) -> str:
-    clock = _Clock(Outcome(Scenario(twin, kernel, kernel, "zero")), tell)
+async def _describe(scenario: Scenario, wiring: Wiring, tell: Listener) -> str:
+    clock = _Clock(Outcome(scenario), tell)
+    kernel, twin = scenario.k1, scenario.twin
     initrd = build_crash_image(
-        kernel, kernel, None, userland, wiring.directory / "crash.cpio", nonce=bytes(NONCE_SIZE), task="describe"
+        kernel,
+        kernel,
+        None,
+        scenario.supplies.userland,
+        wiring.directory / "crash.cpio",
+        nonce=bytes(NONCE_SIZE),
+        task="describe",
     )
     command = qemu_command(twin, kernel.vmlinux, initrd, wiring)
     async with _prepared(wiring, twin), RunningTwin.start(command, wiring) as machine:
@@ -406,9 +432,9 @@ async def _prepared(wiring: Wiring, twin: Twin, blank: int = 0) -> AsyncIterator
         await asyncio.wait({worker})
 
 
-async def _bare(scenario: Scenario, userland: Userland, wiring: Wiring, outcome: Outcome, tell: Listener) -> None:
+async def _bare(scenario: Scenario, wiring: Wiring, outcome: Outcome, tell: Listener) -> None:
     clock = _Clock(outcome, tell)
-    initrd = _build(scenario, userland, wiring, bytes(NONCE_SIZE), "kexec-tools")
+    initrd = _build(scenario, wiring, bytes(NONCE_SIZE), "kexec-tools")
     with wiring.disk.open("wb") as disk:
         disk.truncate(_disk_size(scenario.twin))
     command = qemu_command(scenario.twin, scenario.k1.vmlinux, initrd, wiring)
@@ -424,13 +450,17 @@ async def _bare(scenario: Scenario, userland: Userland, wiring: Wiring, outcome:
             await machine.quit()
 
 
-def _build(
-    scenario: Scenario, userland: Userland, wiring: Wiring, nonce: bytes, loader: Loader, arriving: Arrival | None = None
-) -> Path:
-    directory = wiring.directory
+def _build(scenario: Scenario, wiring: Wiring, nonce: bytes, loader: Loader, arriving: Arrival | None = None) -> Path:
+    directory, userland = wiring.directory, scenario.supplies.userland
     arguments, token = (arriving.arguments, arriving.token) if arriving else ((), "")
     capture = build_capture_image(scenario.k2, userland, directory / "capture.cpio", capture_args=arguments, token=token)
-    cmdline = CAPTURE_CMDLINE + ("" if scenario.all_cpus else _ONE_CPU) + (_WHOLE_ROOT if arriving else "")
+    if scenario.request.initrd:
+        capture = _behind(Path(scenario.request.initrd), capture, directory / "capture-whole.cpio")
+    cmdline = (
+        CAPTURE_CMDLINE
+        + ("" if scenario.request.all_cpus else _ONE_CPU)
+        + (_WHOLE_ROOT if arriving or scenario.request.initrd else "")
+    )
     append = cmdline + (" crashkernel.mode=bare" if loader == "kexec-tools" else "")
     return build_crash_image(
         scenario.k1,
@@ -446,11 +476,19 @@ def _build(
             "--kernel=/boot/vmlinux",
             "--initrd=/boot/initrd",
             f"--append={cmdline}",
-            f"--on-damage={scenario.on_damage}",
-            *(() if scenario.quarantine else ("--no-quarantine",)),
+            f"--on-damage={scenario.request.on_damage}",
+            *(("--no-quarantine",) if scenario.request.no_quarantine else ()),
         ),
         append=append,
     )
+
+
+def _behind(users: Path, ours: Path, output: Path) -> Path:
+    """The user's initrd with ours behind it: K2 unpacks both, and where they have a file of one name, the last is it."""
+    data = users.read_bytes()
+    # an archive begins at a multiple of four bytes (write_buffer, init/initramfs.c)
+    output.write_bytes(data + bytes(-len(data) % 4) + ours.read_bytes())
+    return output
 
 
 async def _expect(
@@ -479,7 +517,7 @@ async def _expect(
                 log(rest)
         if kind == "progress" and progress:
             progress(int(rest))
-        if kind in ("memory", "peak") and memory:
+        if kind in FOOTPRINT_WORDS and memory:
             memory(kind, rest)
 
 
@@ -691,7 +729,7 @@ def _aimed_at_k2(outcome: Outcome) -> bool:
 
 
 def _require_cpus(online: str, scenario: Scenario) -> None:
-    wanted = scenario.twin.smp if scenario.all_cpus else 1
+    wanted = scenario.twin.smp if scenario.request.all_cpus else 1
     count = len(cpu_list(online))
     if count != wanted:
         raise _GuestSaidNo(f"K2 runs on {count} CPUs ({online}), not on {wanted}")
