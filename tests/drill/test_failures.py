@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from drill_command import COMMAND
 
-from crashkernel.drill.scenario import working_directory
+from crashkernel.drill.budget import Share, working_directory
 
 
 def processes_with(text):
@@ -95,5 +95,5 @@ def test_an_interrupted_drill_leaves_no_qemu_and_no_files(tmp_path, number):
         assert list(tmp_path.iterdir()) != []
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TMPDIR", str(tmp_path))
-            with working_directory(0) as mine:
+            with working_directory(Share(0, 0)) as mine:
                 assert list(tmp_path.iterdir()) == [mine]

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from crashkernel.drill.budget import drill_share, working_directory
 from crashkernel.drill.debian import resolve_kernel
 from crashkernel.drill.guest import NONCE_SIZE, build_crash_image, fetch_userland
 from crashkernel.drill.qemu import RunningTwin, Wiring, qemu_command
-from crashkernel.drill.scenario import working_directory
 from crashkernel.drill.twin import Twin
 from crashkernel.memory import Range, align_up
 from crashkernel.placement.image import KernelImage
@@ -61,7 +61,7 @@ async def region_of(twin, kernel, directory):
     ids=lambda value: value.crashkernel if isinstance(value, Twin) else "",
 )
 def test_a_real_kernel_reserves_what_was_predicted(kernel, twin, granted):
-    with working_directory(twin.memory) as directory:
+    with working_directory(drill_share(twin.memory)) as directory:
         seen = asyncio.run(region_of(twin, kernel, directory))
     span = KernelImage.from_bytes(Path(kernel.vmlinux).read_bytes()).span
     k1 = machine(tree(memory=[memory_node(0, twin.memory)]), mmu=twin.mmu, release=kernel.name)

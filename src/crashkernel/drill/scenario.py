@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import mmap
 import os
 import re
 import secrets
-import shutil
 import tempfile
 import threading
 import time
@@ -25,6 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from crashkernel.drill.arrival import BLANK, LOG, MANIFEST, Arrival, arrival
+from crashkernel.drill.budget import drill_share, working_directory
 from crashkernel.drill.dma import (
     REGIONS,
     Dma,
@@ -39,7 +38,7 @@ from crashkernel.drill.qemu import Debugger, RunningTwin, Wiring, qemu_command
 from crashkernel.drill.record import CONSOLE, DUMP, EVIDENCE, PLAN, TRUTH, evidence_json
 from crashkernel.drill.saving import FOOTPRINT_WORDS, Footprint
 from crashkernel.drill.verdict import Truth, Verdict, begin_verdict, judge
-from crashkernel.errors import EnvironmentFault, FormatError, StageFailed, UsageError, VerificationError
+from crashkernel.errors import FormatError, StageFailed, UsageError, VerificationError
 from crashkernel.machine import HEAD_SIZE, Region
 from crashkernel.machine.live import cpu_list
 from crashkernel.memory import Range, RangeSet, format_size
@@ -69,6 +68,7 @@ class Stage:
     likely: str  # what to look at when it fails
 
 
+WAIT = Stage("wait", float("inf"), "")  # for other drills on this machine to end
 BOOT_K1 = Stage("K1 boot", 300, "does this kernel boot on this machine model and CPU? see the console")
 LOAD = Stage("load", 180, "the loader's own message says what to change")
 DRIVER = Stage(
@@ -206,8 +206,8 @@ def run_drill(scenario: Scenario, tell: Listener) -> Outcome:
     :raise EnvironmentFault: this machine lacks something, or has no room.
     """
     outcome = Outcome(scenario)
-    start = time.monotonic()
-    with working_directory(scenario.twin.memory, _FILES + (scenario.saving is not None)) as directory:
+    with _room(scenario, tell) as directory:
+        start = time.monotonic()
         try:
             asyncio.run(_arrange(scenario, Wiring(directory), outcome, tell))
         except StageFailed as failure:
@@ -218,6 +218,20 @@ def run_drill(scenario: Scenario, tell: Listener) -> Outcome:
         if scenario.keep is not None:
             _keep(directory, scenario.keep, outcome)
     return outcome
+
+
+def _room(scenario: Scenario, tell: Listener) -> contextlib.AbstractContextManager[Path]:
+    """A directory to drill in, once this machine has room for one more drill."""
+    begun = False
+
+    def waiting(reason: str) -> None:
+        nonlocal begun
+        if not begun:
+            tell(WAIT, "")
+            begun = True
+        tell(WAIT, f"for {reason}")
+
+    return working_directory(drill_share(scenario.twin.memory, scenario.twin.smp, saved=scenario.saving is not None), waiting)
 
 
 async def _arrange(scenario: Scenario, wiring: Wiring, outcome: Outcome, tell: Listener) -> None:
@@ -343,8 +357,8 @@ async def _hand_over(
 def run_bare(request: DrillRequest, supplies: Supplies, tell: Listener) -> Outcome:
     """The peer's twin: boot, load with kexec-tools, crash, boot K2; no truth, no capture, no verdict. For `make bench`."""
     outcome = Outcome(Scenario(request, supplies))
-    start = time.monotonic()
-    with working_directory(outcome.scenario.twin.memory) as directory:
+    with _room(outcome.scenario, tell) as directory:
+        start = time.monotonic()
         try:
             asyncio.run(_bare(outcome.scenario, Wiring(directory), outcome, tell))
         except StageFailed as failure:
@@ -360,7 +374,7 @@ def describe_twin(request: DrillRequest, supplies: Supplies, tell: Listener) -> 
     :raise EnvironmentFault: this machine lacks something, or has no room.
     """
     scenario = Scenario(request, supplies)
-    with working_directory(scenario.twin.memory) as directory:
+    with _room(scenario, tell) as directory:
         return asyncio.run(_describe(scenario, Wiring(directory), tell))
 
 
@@ -806,62 +820,6 @@ def _likely(stage: Stage, console: tuple[str, ...]) -> str:
         if sign in text:
             return cause
     return stage.likely
-
-
-_WORK = "crashkernel-drill-"
-_LOCK = "lock"
-_LONGEST_SOCKET_PATH = 107  # sun_path, include/uapi/linux/un.h
-_FILES = 3  # RAM, its copy, K2's disk; a filtered dump is taken off that
-
-
-@contextlib.contextmanager
-def working_directory(memory: int, files: int = _FILES) -> Iterator[Path]:
-    """A private directory with room for so many files of the memory's size: TMPDIR if that is set, else memory, else the disk.
-
-    :raise EnvironmentFault: nowhere is enough room, or QEMU cannot use the path.
-    """
-    wanted = files * memory + (512 << 20)
-    chosen = os.environ.get("TMPDIR")
-    places = [Path(chosen)] if chosen else [Path("/dev/shm"), Path(tempfile.gettempdir())]  # noqa: S108  (a place with room)
-    for place in places:
-        _remove_leftovers(place)
-    roomy = [place for place in places if _has_room(place, wanted)]
-    if not roomy:
-        raise EnvironmentFault(
-            f"a drill with {format_size(memory)} needs {format_size(wanted)} of room in {' or '.join(map(str, places))}",
-            hint="free some, set TMPDIR, or use a smaller --memory",
-        )
-    with tempfile.TemporaryDirectory(prefix=_WORK, dir=roomy[0]) as name:
-        directory = Path(name)
-        if "," in name or len(name) > _LONGEST_SOCKET_PATH - len("/console.sock"):
-            raise EnvironmentFault(f"QEMU cannot use {name}", hint="set TMPDIR to a short path without commas")
-        with (directory / _LOCK).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield directory
-
-
-def _remove_leftovers(place: Path) -> None:
-    """What a drill left that was killed outright: gigabytes, in memory. A drill that lives holds its lock."""
-    for path in place.glob(f"{_WORK}*/{_LOCK}"):
-        with contextlib.suppress(OSError), path.open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path.parent, ignore_errors=True)
-
-
-def _has_room(place: Path, wanted: int) -> bool:
-    try:
-        room = os.access(place, os.W_OK) and shutil.disk_usage(place).free > wanted
-    except OSError:
-        return False
-    return room and (place != Path("/dev/shm") or _available_memory() > wanted)  # noqa: S108
-
-
-def _available_memory() -> int:
-    # MemAvailable, in KiB (Documentation/filesystems/proc.rst)
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) << 10
-    return 0
 
 
 def require_keepable(keep: Path) -> None:
