@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import signal
 import time
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
+from crashkernel.drill.budget import STAGES_VARIABLE
 from crashkernel.drill.dma import report_lines
 from crashkernel.errors import EnvironmentFault, UsageError
 from crashkernel.memory import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from rich.console import Console
     from rich.status import Status
@@ -81,10 +83,12 @@ class Display:
 
     @contextlib.contextmanager
     def drill(self, name: str) -> Iterator[Any]:
-        """A listener for `run_drill`."""
+        """A listener for `run_drill`. If `STAGES_VARIABLE` names a file, each stage and what happens in it is a line there as well."""
         with contextlib.ExitStack() as stack:
             status = stack.enter_context(self._console.status(f"{name}: images")) if self._console.is_terminal else None
-            progress = _Progress(self, name, status)
+            stages = os.environ.get(STAGES_VARIABLE)
+            listener = stack.enter_context(Path(stages).open("a", encoding="utf-8")) if stages else None
+            progress = _Progress(self, name, status, listener)
             try:
                 yield progress
             finally:
@@ -172,10 +176,11 @@ class Display:
 class _Progress:
     """The listener: a line for every stage that is done, the present one in the status line."""
 
-    def __init__(self, display: Display, name: str, status: Status | None) -> None:
+    def __init__(self, display: Display, name: str, status: Status | None, listener: TextIO | None) -> None:
         self._display = display
         self._name = name
         self._status = status
+        self._listener = listener
         self._stage: Stage | None = None
         self._since = 0.0
 
@@ -183,6 +188,9 @@ class _Progress:
         if not text:
             self.close()
             self._stage, self._since = stage, time.monotonic()
+        if self._listener is not None:
+            self._listener.write(f"{stage.name}\t{text}\n")
+            self._listener.flush()
         if self._status is not None:
             self._status.update(f"{self._name}: {stage.name}" + (f", {text}" if text else ""))
 

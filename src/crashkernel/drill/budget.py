@@ -27,6 +27,8 @@ _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  (of the host, by intention)
 LEDGER = _SHARED_MEMORY / "crashkernel-ledger"
 CPUS_VARIABLE, MEMORY_VARIABLE = "CRASHKERNEL_CPUS", "CRASHKERNEL_MEMORY"
 """How much of this host all drills may have together, where that is less than it has."""
+STAGES_VARIABLE = "CRASHKERNEL_STAGES"
+"""A file to which a drill adds a line for each stage as it begins: how a campaign follows those it started."""
 
 _FILES = 3  # RAM, its copy, K2's disk; a filtered dump is taken off that
 _PROGRAMS = 512 << 20  # bytes: QEMU itself, the images, the judge

@@ -845,8 +845,11 @@ def _keep(directory: Path, keep: Path, outcome: Outcome) -> None:
         source = directory / name
         # a disk that no verdict was reached on holds no dump
         if source.exists() and (name != dump or outcome.verdict is not None):
-            temporary = keep / f"{kept}.new"
-            _copy_sparse(source, temporary)
-            temporary.replace(keep / kept)
+            try:
+                source.rename(keep / kept)
+            except OSError:  # on another file system
+                temporary = keep / f"{kept}.new"
+                _copy_sparse(source, temporary)
+                temporary.replace(keep / kept)
             if name == dump:
                 outcome.dump = keep / kept
