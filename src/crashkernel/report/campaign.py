@@ -1,0 +1,743 @@
+"""A campaign's figures, read from its database once, for every form that shows them: terminal, page, JSON, exit status.
+
+The database is a file from anywhere: it is opened to be read only, its tables are asked for their columns before they are read,
+and each value is held against what it must be. What is missing of a drill's evidence is missing here too, never made up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+import sqlite3
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from crashkernel.errors import EnvironmentFault, FormatError, UsageError
+from crashkernel.memory import Range, format_size
+from crashkernel.placement.plan import PLACEMENTS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+VERSION = 1
+"""The `PRAGMA user_version` that is read."""
+
+_COLUMNS = {
+    "campaign": "name file path created version host state",
+    "run": "number started ended seconds workers cpus scheduler end",
+    "drill": "number key repeat title command request kernel capture_kernel machine cpu mmu smp memory crashkernel placement "
+    "all_cpus capture fault seed known",
+    "result": "drill verdict stage reason release capture_release seconds boot_seconds cpu_seconds started ended worker host "
+    "attempt record console plan",
+    "stage": "drill position name seconds",
+    "size": "title request result found recommended created",
+}
+
+Standing = Literal["failed", "surprise", "error", "missing", "known", "passed"]
+STANDINGS: dict[Standing, tuple[str, str, str]] = {
+    "failed": ("FAIL", "FAILED", "FAILED"),
+    "surprise": ("PASS!", "passed though known to fail", "passed though known to fail"),
+    "error": ("ERROR", "could not be run", "could not be run"),
+    "missing": ("not run", "not run yet", "not run yet"),
+    "known": ("known", "known failure", "known failures"),
+    "passed": ("PASS", "passed", "passed"),
+}
+"""What a drill's result is against what the campaign's file expects, the worst first: the word of a cell, and for how many."""
+
+EXPECTED: tuple[Standing, ...] = ("passed", "known")
+_TOLD: tuple[Standing, ...] = ("passed", "known", "surprise", "failed", "error", "missing")
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What came of a drill. Times are in seconds, sizes in bytes; `compared` is None where the record does not say."""
+
+    verdict: Literal["PASS", "FAIL", "ERROR"]
+    stage: str  # where it ended, "" for PASS
+    reason: str  # one line, "" for PASS
+    release: str
+    capture_release: str
+    seconds: float
+    boot_seconds: float  # both boots
+    cpu_seconds: float
+    started: str
+    ended: str
+    worker: str
+    host: str
+    attempt: int
+    stages: tuple[tuple[str, float], ...]
+    compared: int | None
+    told: tuple[str, ...]  # what came of each fault
+
+
+@dataclass(frozen=True, slots=True)
+class Drill:
+    """One drill of the campaign, run or not."""
+
+    number: int
+    key: str
+    repeat: int
+    title: str
+    command: str
+    options: Mapping[str, Any]
+    kernel: str
+    capture_kernel: str
+    machine: str
+    cpu: str
+    mmu: str
+    smp: int
+    memory: int
+    crashkernel: str
+    placement: str
+    all_cpus: bool
+    capture: int | None
+    fault: str
+    seed: int
+    known: str  # why it is known to fail, "" if it is not
+    result: Result | None
+
+    @property
+    def standing(self) -> Standing:
+        """Its result against what was expected."""
+        if self.result is None:
+            return "missing"
+        if self.result.verdict == "ERROR":
+            return "error"
+        if self.result.verdict == "PASS":
+            return "surprise" if self.known else "passed"
+        return "known" if self.known else "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What a drill left behind: texts as they are in the database, "" or None where there is nothing (that can be read)."""
+
+    console: str
+    likely: str
+    problems: tuple[str, ...]
+    wrong: tuple[tuple[Range, str], ...]  # where K1 had the bytes that are wrong, and what lived there
+    plan: str  # JSON
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One time that a driver worked on the campaign. `seconds` is None if it was killed and nothing says when."""
+
+    started: str
+    ended: str
+    seconds: float | None
+    workers: int
+    cpus: int
+    end: str  # "done", "interrupted"; "" for killed, or still at it
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """What `crashkernel size` found, in bytes."""
+
+    title: str
+    found: int
+    recommended: int | None
+    result: Mapping[str, Any]
+    created: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """What is known of one combination: its drills, repeats of each other."""
+
+    drills: tuple[Drill, ...]
+
+    @property
+    def standing(self) -> Standing:
+        """The worst of them."""
+        return worst(self.drills)
+
+    @property
+    def passed(self) -> int:
+        """How many did."""
+        return sum(1 for drill in self.drills if drill.result is not None and drill.result.verdict == "PASS")
+
+    @property
+    def word(self) -> str:
+        """For people: "PASS", "FAIL 19/20" (of the repeats so many passed)."""
+        word = STANDINGS[self.standing][0]
+        return word if len(self.drills) == 1 else f"{word} {self.passed}/{len(self.drills)}"
+
+    @property
+    def compared(self) -> str:
+        """How much of K1's memory was compared byte for byte, "" if nothing says so."""
+        sizes = sorted({d.result.compared for d in self.drills if d.result is not None and d.result.compared})
+        return " to ".join(format_size(size) for size in dict.fromkeys((sizes[0], sizes[-1]))) if sizes else ""
+
+    @property
+    def first(self) -> Drill:
+        """The drill to look at first."""
+        order = list(STANDINGS)
+        return min(self.drills, key=lambda drill: (order.index(drill.standing), drill.number))
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a table: its names, and a cell for each column, None where there is no such drill."""
+
+    heads: tuple[str, ...]
+    cells: tuple[Cell | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Combinations of a campaign. What is the same in all of them is in `alike`, not in a column."""
+
+    heads: tuple[str, ...]
+    columns: tuple[tuple[str, str], ...]  # machine, or "" if all are on one; placement
+    rows: tuple[Row, ...]
+    alike: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How values are distributed: all of them, ascending and never none."""
+
+    values: tuple[float, ...]
+
+    def quantile(self, share: float) -> float:
+        """The value that `share` of them do not exceed, between two of them where it falls there."""
+        place = share * (len(self.values) - 1)
+        below = math.floor(place)
+        above = min(below + 1, len(self.values) - 1)
+        return self.values[below] + (self.values[above] - self.values[below]) * (place - below)
+
+    @property
+    def median(self) -> float:
+        """The one in the middle."""
+        return self.quantile(0.5)
+
+
+@dataclass(frozen=True, slots=True)
+class Failures:
+    """Drills that ended alike: the same standing, stage and reason, numbers in it apart."""
+
+    standing: Standing
+    stage: str
+    reason: str  # of the first
+    known: str
+    drills: tuple[Drill, ...]
+
+    @property
+    def varied(self) -> bool:
+        """Whether the reasons differ in their numbers."""
+        return len({drill.result.reason for drill in self.drills if drill.result is not None}) > 1
+
+
+@dataclass(frozen=True, slots=True)
+class Campaign:
+    """All that a report is made of."""
+
+    name: str
+    file: str
+    created: str
+    version: str  # of crashkernel
+    host: Mapping[str, Any]
+    state: str
+    runs: tuple[Run, ...]
+    drills: tuple[Drill, ...]
+    sizes: tuple[Size, ...]
+    evidence: Mapping[int, Evidence] = field(default_factory=dict)  # of the drills that did not pass, and of `pair`
+
+    @property
+    def counts(self) -> dict[Standing, int]:
+        """How many drills stand how; those that none does are 0."""
+        counted = Counter(drill.standing for drill in self.drills)
+        return {standing: counted[standing] for standing in STANDINGS}
+
+    @property
+    def exit_status(self) -> int:
+        """0 all as expected; 1 a drill was not; 3 none was not, but some could not be run, or were not yet."""
+        counts = self.counts
+        return 1 if counts["failed"] or counts["surprise"] else 3 if counts["error"] or counts["missing"] else 0
+
+    @property
+    def wall_seconds(self) -> float | None:
+        """How long drivers worked on it; None if that is not known of each."""
+        return sum(cast("float", run.seconds) for run in self.runs) if self._timed else None
+
+    @property
+    def core_seconds(self) -> float | None:
+        """The same, times the CPUs that they could use."""
+        return sum(cast("float", run.seconds) * run.cpus for run in self.runs) if self._timed else None
+
+    @property
+    def _timed(self) -> bool:
+        return bool(self.runs) and all(run.seconds is not None for run in self.runs)
+
+    @property
+    def cores(self) -> int:
+        """CPUs of the largest run."""
+        return max((run.cpus for run in self.runs), default=0)
+
+    @property
+    def results(self) -> list[Result]:
+        """Those there are."""
+        return [drill.result for drill in self.drills if drill.result is not None]
+
+    @property
+    def rate(self) -> float | None:
+        """Drills per core-hour."""
+        return len(self.results) * 3600 / self.core_seconds if self.core_seconds and self.results else None
+
+    @property
+    def shares(self) -> tuple[float, float, float] | None:
+        """What the workers' time went into, as shares of it: the two boots, the rest of the drills, no drill at all."""
+        drilled = sum(result.seconds for result in self.results)
+        offered = max(drilled, sum(cast("float", run.seconds) * run.workers for run in self.runs) if self._timed else 0.0)
+        if not drilled:
+            return None
+        boots = min(drilled, sum(result.boot_seconds for result in self.results))
+        return boots / offered, (drilled - boots) / offered, 1 - drilled / offered
+
+    @property
+    def headline(self) -> str:
+        """The answer in one line."""
+        counts = self.counts
+        told = ", ".join(f"{counts[each]} {STANDINGS[each][1 + (counts[each] != 1)]}" for each in _TOLD if counts[each])
+        parts = [f"{_plural(len(self.drills), 'drill')}: {told}" if self.drills else "no drills"]
+        if self.wall_seconds is not None and self.results:
+            parts.append(f"{duration(self.wall_seconds)} on {_plural(self.cores, 'core')}")
+        if self.rate is not None:
+            parts.append(f"{self.rate:.0f} drills per core-hour")
+        if self.shares is not None:
+            parts.append(f"{1 - self.shares[0]:.0%} of the time not the two boots")
+        return "; ".join(parts)
+
+    @property
+    def matrix(self) -> Table:
+        """The drills without a fault: configurations by placement."""
+        return _table([drill for drill in self.drills if not drill.fault], _AXES, (), always=("K1", "machine"))
+
+    @property
+    def faults(self) -> Table:
+        """Those with one: faults by machine and placement."""
+        faulty = [drill for drill in self.drills if drill.fault]
+        return _table(faulty, (_FAULT, *(axis for axis in _AXES if axis[0] not in _MACHINE)), _MACHINE, always=("fault",))
+
+    @property
+    def fault_rows(self) -> Table:
+        """The same with each machine in a row of its own, where there is no room for columns."""
+        return _table([drill for drill in self.drills if drill.fault], (_FAULT, *_AXES), (), always=("fault",))
+
+    @property
+    def failures(self) -> tuple[Failures, ...]:
+        """What did not simply pass, the worst first, larger groups before smaller ones."""
+        groups: defaultdict[tuple[str, ...], list[Drill]] = defaultdict(list)
+        for drill in self.drills:
+            if drill.result is not None and drill.standing != "passed":
+                result = drill.result
+                groups[drill.standing, drill.known, result.stage, _NUMBER.sub("#", result.reason)].append(drill)
+        order = list(STANDINGS)
+        found = []
+        for (standing, known, stage, _), drills in groups.items():
+            assert drills[0].result is not None, "only drills with a result are grouped"
+            found.append(Failures(cast("Standing", standing), stage, drills[0].result.reason, known, tuple(drills)))
+        return tuple(sorted(found, key=lambda g: (order.index(g.standing), -len(g.drills), g.drills[0].number)))
+
+    @property
+    def stage_times(self) -> dict[str, dict[str, Spread]]:
+        """Of the drills that passed: how long each stage took, by placement; stages in their order."""
+        places: defaultdict[str, list[int]] = defaultdict(list)
+        times: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
+        for drill in self.drills:
+            if drill.result is not None and drill.result.verdict == "PASS":
+                for place, (name, seconds) in enumerate(drill.result.stages):
+                    places[name].append(place)
+                    times[name, drill.placement].append(seconds)
+        order = sorted(places, key=lambda name: (sum(places[name]) / len(places[name]), name))
+        return {
+            name: {
+                placement: Spread(tuple(sorted(times[name, placement])))
+                for placement in _placements(self.drills)
+                if (name, placement) in times
+            }
+            for name in order
+        }
+
+    @property
+    def totals(self) -> dict[str, Spread]:
+        """Whole drills that passed, by placement."""
+        times = {
+            placement: sorted(
+                drill.result.seconds
+                for drill in self.drills
+                if drill.placement == placement and drill.result is not None and drill.result.verdict == "PASS"
+            )
+            for placement in _placements(self.drills)
+        }
+        return {placement: Spread(tuple(values)) for placement, values in times.items() if values}
+
+    @property
+    def pair(self) -> tuple[Drill, ...]:
+        """The first configuration without a fault that passed in both placements, to be shown side by side."""
+        found: defaultdict[tuple[str, ...], dict[str, Drill]] = defaultdict(dict)
+        for drill in self.drills:
+            if drill.standing == "passed" and not drill.fault:
+                same = found[tuple(get(drill) for _, get in _AXES)]
+                same.setdefault(drill.placement, drill)
+                if len(same) > 1:
+                    return tuple(same[placement] for placement in _placements(same.values()))
+        return ()
+
+
+def worst(drills: Iterable[Drill]) -> Standing:
+    """The worst standing of any of these, of which there is one at least."""
+    standings = {drill.standing for drill in drills}
+    return next(standing for standing in STANDINGS if standing in standings)
+
+
+def duration(seconds: float) -> str:
+    """For people: "12.3 s", "41 min", "3 h 20 min"."""
+    if seconds < 99.95:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
+# ------------------------------------------------------------------------------------------------------------------- tables
+
+_Axis = tuple[str, "Callable[[Drill], str]"]
+_TOLD_APART = {
+    *("kernel", "capture-kernel", "machine", "cpu", "mmu", "smp", "memory", "crashkernel", "placement", "all-cpus"),
+    *("capture", "fault", "seed"),
+}
+
+
+def _other(drill: Drill) -> str:
+    """Options that no axis is for."""
+    return " ".join(
+        name if value is True else f"{name}={value}" for name, value in drill.options.items() if name not in _TOLD_APART
+    )
+
+
+_FAULT: _Axis = ("fault", lambda drill: drill.fault)
+_AXES: tuple[_Axis, ...] = (
+    ("K1", lambda drill: drill.kernel),
+    ("K2", lambda drill: drill.capture_kernel or drill.kernel),
+    ("machine", lambda drill: drill.machine),
+    ("CPU", lambda drill: drill.cpu),
+    ("MMU", lambda drill: drill.mmu),
+    ("CPUs K1, K2", lambda drill: f"{drill.smp}, {drill.smp if drill.all_cpus else 1}"),
+    ("memory", lambda drill: format_size(drill.memory)),
+    ("crashkernel=", lambda drill: drill.crashkernel),
+    ("saved by", lambda drill: "copying" if drill.capture is None else f"capture {drill.capture}"),
+    ("options", _other),
+)
+_MACHINE = ("machine", "CPU", "MMU", "CPUs K1, K2")
+_NUMBER = re.compile(r"0x[0-9a-f]+|\d[\d,.]*")
+
+
+def _placements(drills: Iterable[Drill]) -> list[str]:
+    found = {drill.placement for drill in drills}
+    return [*(each for each in PLACEMENTS if each in found), *sorted(found.difference(PLACEMENTS))]
+
+
+def _table(drills: Sequence[Drill], axes: Sequence[_Axis], across: Sequence[str], always: Sequence[str]) -> Table:
+    """`axes` are those of the rows, `across` the names of those that are columns, `always` those that are shown in any case."""
+    if not drills:
+        return Table((), (), (), ())
+    same_kernel = all(drill.capture_kernel in ("", drill.kernel) for drill in drills)
+    varied = {name for name, get in _AXES if len({get(drill) for drill in drills}) > 1}
+    rows = [(name, get) for name, get in axes if name in varied | {*always} and not (name == "K2" and same_kernel)]
+    sides = [(name, get) for name, get in _AXES if name in across and name in varied]
+    shown = {name for name, _ in (*rows, *sides)}
+    alike = [f"{name} {get(drills[0])}".strip() for name, get in _AXES if name not in shown and get(drills[0])]
+    if same_kernel:
+        alike = [text for text in alike if not text.startswith("K2 ")]
+    cells: defaultdict[tuple[tuple[str, ...], tuple[str, str]], list[Drill]] = defaultdict(list)
+    columns: dict[str, None] = {}
+    heads: dict[tuple[str, ...], None] = {}
+    for drill in drills:
+        head = tuple(get(drill) for _, get in rows)
+        side = " ".join(get(drill) if name != "CPUs K1, K2" else f"{get(drill)} CPUs" for name, get in sides)
+        heads[head] = columns[side] = None
+        cells[head, (side, drill.placement)].append(drill)
+    places = tuple((side, placement) for side in columns for placement in _placements(drills))
+    return Table(
+        tuple("K1 = K2" if name == "K1" and same_kernel else name for name, _ in rows),
+        places,
+        tuple(
+            Row(head, tuple(Cell(tuple(found)) if (found := cells.get((head, place))) else None for place in places))
+            for head in heads
+        ),
+        tuple(alike),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------------ reading
+
+
+def read_campaign(path: Path) -> Campaign:
+    """All of a campaign's database, as it is at one moment: a driver may be at work on it.
+
+    :raise UsageError: there is no such file.
+    :raise FormatError: it is no campaign's database, or one of another version, or damaged.
+    :raise EnvironmentFault: it cannot be read now.
+    """
+    if not path.is_file():
+        raise UsageError(f"cannot read {path}: no such file", hint="give the database of `crashkernel campaign run`")
+    source = str(path)
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=5)) as database:
+            # what a table cannot hold must not make the rest unreadable, and what a file defines must not be run
+            database.text_factory = lambda raw: raw.decode("utf-8", "replace")
+            database.row_factory = sqlite3.Row
+            database.execute("PRAGMA trusted_schema = OFF")
+            database.execute("BEGIN")
+            _check_schema(database, source)
+            return _Reader(database, source).campaign()
+    except sqlite3.OperationalError as error:
+        raise EnvironmentFault(
+            f"cannot read {path}: {error}", hint="is it another user's, or in use by something that locks it?"
+        ) from error
+    except sqlite3.DatabaseError as error:
+        raise FormatError(f"not a campaign's database: {error}", source=source) from error
+
+
+def _check_schema(database: sqlite3.Connection, source: str) -> None:
+    """Whether the tables that are read are tables, and have the columns."""
+    hint = "give the database of `crashkernel campaign run`"
+    tables = {str(row[0]) for row in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    if not tables & set(_COLUMNS):
+        raise FormatError("not a campaign's database: none of its tables is there", source=source, hint=hint)
+    version = int(database.execute("PRAGMA user_version").fetchone()[0])
+    if version != VERSION:
+        raise FormatError(
+            f"a campaign's database of version {version}, and only version {VERSION} is known here",
+            source=source,
+            hint="use the crashkernel that wrote it",
+        )
+    for table, columns in _COLUMNS.items():
+        if table not in tables:
+            raise FormatError(f"not a campaign's database: the table {table!r} is missing", source=source, hint=hint)
+        present = {str(row[1]) for row in database.execute(f"PRAGMA table_info({table})")}
+        if missing := [name for name in columns.split() if name not in present]:
+            raise FormatError(f"not a campaign's database: the table {table!r} has no column {missing[0]!r}", source=source)
+
+
+class _Reader:
+    """Reads row after row. A value that cannot be is refused by table, row and column."""
+
+    def __init__(self, database: sqlite3.Connection, source: str) -> None:
+        self._database = database
+        self._source = source
+
+    def campaign(self) -> Campaign:
+        heads = list(self._rows("campaign"))
+        if len(heads) != 1:
+            raise FormatError(f"the table 'campaign' must have one row, it has {len(heads)}", source=self._source)
+        head = heads[0]
+        campaign = Campaign(
+            name=head.text("name"),
+            file=head.text("file"),
+            created=head.text("created"),
+            version=head.text("version"),
+            host=_json_object(head.text("host")),
+            state=head.text("state"),
+            runs=(),
+            drills=tuple(self._drills()),
+            sizes=tuple(self._size(row) for row in self._rows("size", "ORDER BY rowid")),
+        )
+        wanted = {drill.number for drill in campaign.drills if drill.result is not None and drill.standing != "passed"}
+        wanted |= {drill.number for drill in campaign.pair}
+        return replace(campaign, runs=tuple(self._runs(campaign.results)), evidence=dict(self._evidence(wanted)))
+
+    def _rows(self, table: str, more: str = "", columns: str = "*") -> Iterator[_Values]:
+        for number, row in enumerate(self._database.execute(f"SELECT {columns} FROM {table} {more}"), 1):  # noqa: S608 (no value of anybody's is in it)
+            yield _Values(row, f"{self._source}: table {table!r}, row {number}")
+
+    def _runs(self, results: Sequence[Result]) -> Iterator[Run]:
+        rows = list(self._rows("run", "ORDER BY number"))
+        starts = [row.text("started") for row in rows]
+        for row, started, following in zip(rows, starts, [*starts[1:], None], strict=True):
+            seconds = row.seconds("seconds") if row["seconds"] is not None else _until_last(started, following, results)
+            yield Run(started, row.text("ended"), seconds, row.whole("workers"), row.whole("cpus"), row.text("end"))
+
+    def _drills(self) -> Iterator[Drill]:
+        stages: defaultdict[int, list[tuple[str, float]]] = defaultdict(list)
+        for row in self._rows("stage", "ORDER BY drill, position"):
+            stages[row.whole("drill")].append((row.text("name"), row.seconds("seconds")))
+        results = {}
+        columns = ", ".join(name for name in _COLUMNS["result"].split() if name not in ("console", "plan"))
+        for row in self._rows("result", columns=columns):
+            number = row.whole("drill")
+            results[number] = self._result(row, tuple(stages[number]))
+        for row in self._rows("drill", "ORDER BY number"):
+            number = row.whole("number")
+            yield Drill(
+                number=number,
+                key=row.text("key"),
+                repeat=row.whole("repeat"),
+                title=row.text("title"),
+                command=row.text("command"),
+                options=_json_object(row.text("request")),
+                kernel=row.text("kernel"),
+                capture_kernel=row.text("capture_kernel"),
+                machine=row.text("machine"),
+                cpu=row.text("cpu"),
+                mmu=row.text("mmu"),
+                smp=row.whole("smp"),
+                memory=row.whole("memory"),
+                crashkernel=row.text("crashkernel"),
+                placement=row.text("placement"),
+                all_cpus=bool(row.whole("all_cpus")),
+                capture=None if row["capture"] is None else row.whole("capture"),
+                fault=row.text("fault"),
+                seed=row.whole("seed"),
+                known=row.text("known"),
+                result=results.get(number),
+            )
+
+    def _result(self, row: _Values, stages: tuple[tuple[str, float], ...]) -> Result:
+        record = _json_object(row.text("record"))
+        compared = record.get("bytes_compared")
+        faults = record.get("faults")
+        return Result(
+            verdict=row.one_of("verdict", ("PASS", "FAIL", "ERROR")),
+            stage=row.text("stage"),
+            reason=row.text("reason"),
+            release=row.text("release"),
+            capture_release=row.text("capture_release"),
+            seconds=row.seconds("seconds"),
+            boot_seconds=row.seconds("boot_seconds"),
+            cpu_seconds=row.seconds("cpu_seconds"),
+            started=row.text("started"),
+            ended=row.text("ended"),
+            worker=row.text("worker"),
+            host=row.text("host"),
+            attempt=row.whole("attempt"),
+            stages=stages,
+            compared=compared if isinstance(compared, int) and not isinstance(compared, bool) and compared >= 0 else None,
+            told=tuple(
+                str(fault["told"])
+                for fault in (faults if isinstance(faults, list) else ())
+                if isinstance(fault, dict) and fault.get("told")
+            ),
+        )
+
+    def _size(self, row: _Values) -> Size:
+        return Size(
+            title=row.text("title"),
+            found=row.whole("found"),
+            recommended=None if row["recommended"] is None else row.whole("recommended"),
+            result=_json_object(row.text("result")),
+            created=row.text("created"),
+        )
+
+    def _evidence(self, wanted: set[int]) -> Iterator[tuple[int, Evidence]]:
+        for number in sorted(wanted):
+            for row in self._rows("result", f"WHERE drill = {number:d}", "record, console, plan"):
+                record = _json_object(row.text("record"))
+                failure = record.get("failure")
+                failure = failure if isinstance(failure, dict) else {}
+                lines = failure.get("console")
+                console = row.text("console") or "\n".join(map(str, lines if isinstance(lines, list) else ()))
+                problems = record.get("problems")
+                plan = row.text("plan")
+                if not plan and isinstance(record.get("plan"), dict):
+                    plan = json.dumps(record["plan"])
+                yield (
+                    number,
+                    Evidence(
+                        console=console,
+                        likely=str(failure.get("likely") or ""),
+                        problems=tuple(map(str, problems)) if isinstance(problems, list) else (),
+                        wrong=tuple(_wrong(record.get("wrong_ranges"))),
+                        plan=plan,
+                    ),
+                )
+
+
+class _Values:
+    """One row, whose values are held against what they must be; NULL is 0 or ""."""
+
+    def __init__(self, row: sqlite3.Row, where: str) -> None:
+        self._row = row
+        self._where = where
+
+    def __getitem__(self, name: str) -> Any:
+        return self._row[name]
+
+    def text(self, name: str) -> str:
+        """A text; bytes are taken for one."""
+        value = self._row[name]
+        if isinstance(value, bytes):
+            return value.decode("utf-8", "replace")
+        return "" if value is None else str(value)
+
+    def whole(self, name: str) -> int:
+        value = self._row[name]
+        if value is None:
+            return 0
+        if not isinstance(value, int) or value < 0:
+            raise self._refused(name, "a whole number, 0 or more")
+        return value
+
+    def seconds(self, name: str) -> float:
+        value = self._row[name]
+        if value is None:
+            return 0.0
+        if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+            raise self._refused(name, "a number of seconds")
+        return float(value)
+
+    def one_of(self, name: str, allowed: tuple[Any, ...]) -> Any:
+        if self._row[name] not in allowed:
+            raise self._refused(name, f"one of {', '.join(allowed)}")
+        return self._row[name]
+
+    def _refused(self, name: str, wanted: str) -> FormatError:
+        shown = repr(self._row[name])
+        return FormatError(f"{name} = {shown if len(shown) < 60 else shown[:57] + '...'}: must be {wanted}", source=self._where)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    """What is no JSON object says nothing."""
+    try:
+        value = json.loads(text) if text else {}
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _wrong(ranges: Any) -> Iterator[tuple[Range, str]]:
+    for each in ranges if isinstance(ranges, list) else ():
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+            start, _, end = each["range"].partition("-")
+            yield Range(int(start, 16), int(end, 16)), str(each.get("what") or "")
+
+
+def _until_last(started: str, following: str | None, results: Sequence[Result]) -> float | None:
+    """Seconds from the start of a run that was killed to the last result it had before the run that followed."""
+    begin = _moment(started)
+    end = _moment(following) if following else None
+    ends = [moment for result in results if (moment := _moment(result.ended)) is not None]
+    if begin is None or (following and end is None):
+        return None
+    with contextlib.suppress(TypeError):  # one of them says its time zone, another does not
+        inside = [moment for moment in ends if begin <= moment and (end is None or moment <= end)]
+        return (max(inside) - begin).total_seconds() if inside else 0.0
+    return None
+
+
+def _moment(text: str) -> datetime | None:
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        return None
