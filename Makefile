@@ -13,6 +13,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PURGATORY := src/crashkernel/purgatory/purgatory
+PARALLEL := -n auto --dist loadgroup
 
 # What is asked of Debian if it is missing: how to tell that it is there, and the package that has it.
 define wanted
@@ -72,10 +73,10 @@ check: setup binutils codecs
 	$(BIN)/ruff format --check src tests
 	$(BIN)/ruff check src tests
 	$(BIN)/mypy
-	$(BIN)/pytest tests/unit
+	$(BIN)/pytest $(PARALLEL) tests/unit
 
 test: check qemu readers
-	$(BIN)/pytest tests/bench tests/drill tests/capture
+	$(BIN)/pytest $(PARALLEL) tests/bench tests/drill tests/capture
 
 bench: setup qemu
 	$(BIN)/crashkernel bench drill

@@ -14,6 +14,12 @@ settings.register_profile("crashkernel", deadline=None)
 settings.load_profile("crashkernel")
 
 
+def pytest_collection_modifyitems(items):
+    """Several processes share the tests (pytest-xdist): what shares a fixture that takes long stays in one of them."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("reference" if "reference" in item.fixturenames else item.path.name))
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
     """In CI everything is there: a skip means that an installation step is missing."""

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -63,19 +64,26 @@ def test_k2_that_dies_before_its_console_is_quoted_from_its_memory(tmp_path):
     assert "raise crashkernel=" in failure["likely"]
 
 
+@pytest.fixture
+def short_path():
+    """A directory whose path leaves room for the name of a socket."""
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_an_interrupted_drill_leaves_no_qemu_and_no_files(tmp_path, number):
+def test_an_interrupted_drill_leaves_no_qemu_and_no_files(short_path, number):
     process = subprocess.Popen(
         [*COMMAND, "drill", "--placement", "zero"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         # a place of its own, so that what is left behind can be told from other drills
-        env={**os.environ, "TMPDIR": str(tmp_path)},
+        env={**os.environ, "TMPDIR": str(short_path)},
     )
     try:
         deadline = time.monotonic() + 120
-        while not processes_with(str(tmp_path) + "/crashkernel-drill-"):
+        while not processes_with(str(short_path) + "/crashkernel-drill-"):
             assert process.poll() is None, process.stdout.read()
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -85,15 +93,15 @@ def test_an_interrupted_drill_leaves_no_qemu_and_no_files(tmp_path, number):
     finally:
         process.kill()
     time.sleep(0.2)
-    assert processes_with(str(tmp_path) + "/crashkernel-drill-") == []
+    assert processes_with(str(short_path) + "/crashkernel-drill-") == []
     if number != signal.SIGKILL:
         assert process.returncode == 130
         assert output.rstrip().endswith("crashkernel: interrupted")
-        assert list(tmp_path.iterdir()) == []
+        assert list(short_path.iterdir()) == []
     else:
         # nothing can tidy up after SIGKILL but the next drill
-        assert list(tmp_path.iterdir()) != []
+        assert list(short_path.iterdir()) != []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TMPDIR", str(tmp_path))
+            patch.setenv("TMPDIR", str(short_path))
             with working_directory(Share(0, 0)) as mine:
-                assert list(tmp_path.iterdir()) == [mine]
+                assert list(short_path.iterdir()) == [mine]
