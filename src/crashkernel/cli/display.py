@@ -83,7 +83,7 @@ class Display:
 
     @contextlib.contextmanager
     def drill(self, name: str) -> Iterator[Any]:
-        """A listener for `run_drill`. If `STAGES_VARIABLE` names a file, each stage and what happens in it is a line there as well."""
+        """A listener for `run_drill`. If `STAGES_VARIABLE` names a file, all that it is told is a line there as well."""
         with contextlib.ExitStack() as stack:
             status = stack.enter_context(self._console.status(f"{name}: images")) if self._console.is_terminal else None
             stages = os.environ.get(STAGES_VARIABLE)
