@@ -146,6 +146,14 @@ class Size:
     result: Mapping[str, Any]
     created: str
 
+    @property
+    def facts(self) -> list[str]:
+        """What was found, one line each."""
+        facts = [f"found {format_size(self.found)}"]
+        if self.recommended is not None:
+            facts.append(f"recommended here {format_size(self.recommended)}")
+        return facts
+
 
 @dataclass(frozen=True, slots=True)
 class Cell:
@@ -234,6 +242,13 @@ class Failures:
         """Whether the reasons differ in their numbers."""
         return len({drill.result.reason for drill in self.drills if drill.result is not None}) > 1
 
+    @property
+    def why(self) -> str:
+        """The reason in one line, with the stage; of a known failure first what is known."""
+        stage = f"{self.stage}: " if self.stage and not self.reason.startswith(f"{self.stage}: ") else ""
+        why = stage + self.reason + (" (and alike, with other numbers)" if self.varied else "")
+        return f"{self.known} ({why})" if self.known and why else self.known or why or "no reason was given"
+
 
 @dataclass(frozen=True, slots=True)
 class Campaign:
@@ -255,6 +270,11 @@ class Campaign:
         """How many drills stand how; those that none does are 0."""
         counted = Counter(drill.standing for drill in self.drills)
         return {standing: counted[standing] for standing in STANDINGS}
+
+    @property
+    def placements(self) -> list[str]:
+        """Those that occur, in the order of all tables."""
+        return _placements(self.drills)
 
     @property
     def exit_status(self) -> int:
@@ -302,18 +322,53 @@ class Campaign:
         return boots / offered, (drilled - boots) / offered, 1 - drilled / offered
 
     @property
-    def headline(self) -> str:
-        """The answer in one line."""
+    def answer(self) -> str:
+        """How many drills, and how they stand."""
         counts = self.counts
         told = ", ".join(f"{counts[each]} {STANDINGS[each][1 + (counts[each] != 1)]}" for each in _TOLD if counts[each])
-        parts = [f"{_plural(len(self.drills), 'drill')}: {told}" if self.drills else "no drills"]
+        return f"{_plural(len(self.drills), 'drill')}: {told}" if self.drills else "no drills"
+
+    @property
+    def measures(self) -> list[tuple[str, str]]:
+        """What it took: figures, and what they are of. What is not known is left out."""
+        measures = []
         if self.wall_seconds is not None and self.results:
-            parts.append(f"{duration(self.wall_seconds)} on {_plural(self.cores, 'core')}")
+            measures.append((duration(self.wall_seconds), f"on {_plural(self.cores, 'core')}"))
         if self.rate is not None:
-            parts.append(f"{self.rate:.0f} drills per core-hour")
+            measures.append((f"{self.rate:.0f}", "drills per core-hour"))
         if self.shares is not None:
-            parts.append(f"{1 - self.shares[0]:.0%} of the time not the two boots")
-        return "; ".join(parts)
+            measures.append((f"{1 - self.shares[0]:.0%}", "of the time not the two boots"))
+        return measures
+
+    @property
+    def headline(self) -> str:
+        """The answer and what it took, in one line."""
+        return "; ".join([self.answer, *(" ".join(measure) for measure in self.measures)])
+
+    @property
+    def facts(self) -> list[str]:
+        """What stands below the headline in every form: one line each."""
+        host = self.host
+        machine = [
+            *([_plural(host["cpus"], "CPU")] if isinstance(host.get("cpus"), int) else []),
+            *([format_size(host["memory"])] if isinstance(host.get("memory"), int) and host["memory"] >= 0 else []),
+            *(f"{name} {host[key]}" for key, name in (("qemu", "QEMU"), ("python", "Python")) if host.get(key)),
+        ]
+        facts = [", ".join([f"crashkernel {self.version}", *machine, *([f"begun {self.created}"] if self.created else [])])]
+        if self.runs:
+            ends = Counter(
+                {"done": "", "interrupted": "interrupted"}.get(run.end, "killed or still at it") for run in self.runs
+            )
+            ended = ", ".join(f"{count} {word}" for word, count in ends.items() if word)
+            slots = max(run.workers for run in self.runs)
+            told = f"{_plural(len(self.runs), 'run')} of the driver" + (f" ({ended})" if ended else "")
+            facts.append(f"{told}, {_plural(slots, 'drill')} at a time")
+        if (shares := self.shares) is not None:
+            boots, rest, idle = shares
+            facts.append(
+                f"the workers' time: {boots:.0%} the two boots, {rest:.0%} the rest of the drills, {idle:.0%} no drill"
+            )
+        return facts
 
     @property
     def matrix(self) -> Table:
@@ -360,7 +415,7 @@ class Campaign:
         return {
             name: {
                 placement: Spread(tuple(sorted(times[name, placement])))
-                for placement in _placements(self.drills)
+                for placement in self.placements
                 if (name, placement) in times
             }
             for name in order
@@ -375,7 +430,7 @@ class Campaign:
                 for drill in self.drills
                 if drill.placement == placement and drill.result is not None and drill.result.verdict == "PASS"
             )
-            for placement in _placements(self.drills)
+            for placement in self.placements
         }
         return {placement: Spread(tuple(values)) for placement, values in times.items() if values}
 
@@ -457,9 +512,11 @@ def _table(drills: Sequence[Drill], axes: Sequence[_Axis], across: Sequence[str]
     rows = [(name, get) for name, get in axes if name in varied | {*always} and not (name == "K2" and same_kernel)]
     sides = [(name, get) for name, get in _AXES if name in across and name in varied]
     shown = {name for name, _ in (*rows, *sides)}
-    alike = [f"{name} {get(drills[0])}".strip() for name, get in _AXES if name not in shown and get(drills[0])]
-    if same_kernel:
-        alike = [text for text in alike if not text.startswith("K2 ")]
+    alike = [
+        f"{name}{'' if name.endswith('=') else ' '}{get(drills[0])}"
+        for name, get in _AXES
+        if name not in shown | ({"K2"} if same_kernel else set()) and get(drills[0])
+    ]
     cells: defaultdict[tuple[tuple[str, ...], tuple[str, str]], list[Drill]] = defaultdict(list)
     columns: dict[str, None] = {}
     heads: dict[tuple[str, ...], None] = {}

@@ -13,7 +13,7 @@ from crashkernel.memory import format_size
 from crashkernel.placement.moves import Check
 from crashkernel.report.hazards import VERDICTS, ranges_text, summary, worst_first
 from crashkernel.report.picture import FREE, GAP, HOLDERS, KINDS, Picture, describe_rows, headline
-from crashkernel.report.svg import LANE_FILLS
+from crashkernel.report.svg import LANE_FILLS, escaped
 from crashkernel.report.terminal import visible
 
 if TYPE_CHECKING:
@@ -33,11 +33,15 @@ _CHANGES_SHOWN = 12
 _WIDEST = 30
 """The longest label's width, in em; a longer one is cut off at the cell's edge."""
 
-_CSS = """
+PALETTE = """
 :root{color-scheme:light dark;--page:#fff;--text:#1c1c1c;--soft:#5a5a5a;--line:#c9c9c9;--panel:#f4f4f2;--link:#0b57a4;
   --mark:#000}
 @media(prefers-color-scheme:dark){:root{--page:#15181b;--text:#e8e8e8;--soft:#a8adb2;--line:#41474d;--panel:#20252a;
   --link:#8ab8f0;--mark:#fff}}
+"""
+"""The colours of every page, on light and on dark."""
+
+_CSS = """
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:70rem;padding:1rem;background:var(--page);color:var(--text);font:1rem/1.5 system-ui,sans-serif}
 h1{font-size:1.4rem;margin:0 0 .25rem}
@@ -222,11 +226,11 @@ def stages_html(plan: LoadPlan) -> str:
     parts = [
         "<!DOCTYPE html>",
         '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>Handover to {_text(first)}</title>",
-        f"<style>{_CSS}{_fills()}{_label_rules()}</style></head><body>",
-        f"<header><h1>Handover to {_text(first)}</h1>",
-        f'<p class="facts">{"<br>".join(map(_text, others))}<br>'
-        f'<a href="#hazards">Hazards: {_text(summary(plan.hazards))}</a></p></header><main>',
+        f"<title>Handover to {escaped(first)}</title>",
+        f"<style>{PALETTE}{_CSS}{_fills()}{_label_rules()}</style></head><body>",
+        f"<header><h1>Handover to {escaped(first)}</h1>",
+        f'<p class="facts">{"<br>".join(map(escaped, others))}<br>'
+        f'<a href="#hazards">Hazards: {escaped(summary(plan.hazards))}</a></p></header><main>',
         '<div class="steps" role="group" aria-label="Stage"><button id="back" aria-label="Stage before">&larr;</button>'
         f'<input id="slider" type="range" min="0" max="{last}" value="0" aria-label="Stage">'
         '<output id="place" aria-live="polite"></output><button id="next" aria-label="Next stage">&rarr;</button></div>',
@@ -237,13 +241,13 @@ def stages_html(plan: LoadPlan) -> str:
         '<div id="told" class="told" role="status"></div>',
         *_key(picture, rulers),
         "<nav aria-label='Stages'><h2>All stages</h2><ol>",
-        *(f'<li><a href="#stage-{n}">{_text(stage.title)}</a></li>' for n, stage in enumerate(picture.stages)),
+        *(f'<li><a href="#stage-{n}">{escaped(stage.title)}</a></li>' for n, stage in enumerate(picture.stages)),
         "</ol></nav>",
-        f'<section id="hazards"><h2>Hazards: {_text(summary(plan.hazards))}</h2>',
+        f'<section id="hazards"><h2>Hazards: {escaped(summary(plan.hazards))}</h2>',
         *(_hazard(hazard) for hazard in worst_first(plan.hazards)),
         "</section>",
         f"<section><h2>K2's command line</h2><p>K2 is entered at <code>{plan.entry:#x}</code> with</p>",
-        f'<pre tabindex="0">{_text(plan.cmdline)}</pre></section>',
+        f'<pre tabindex="0">{escaped(plan.cmdline)}</pre></section>',
         '<section><h2>The plan</h2><button id="save" class="save" hidden>Save as plan.json</button>',
         f'<details><summary>Show it</summary><pre id="plan" tabindex="0">{escape(plan.to_json())}</pre></details></section>',
         f"</main><script>{_SCRIPT}</script></body></html>",
@@ -255,7 +259,7 @@ def stages_html(plan: LoadPlan) -> str:
 def _stage(picture: Picture, rulers: Sequence[Ruler], number: int, stage: Stage) -> list[str]:
     whole, low, reserved = rulers
     parts = [f'<section class="stage" id="stage-{number}" aria-labelledby="title-{number}">']
-    parts.append(f'<h2 id="title-{number}">{_text(stage.title)}</h2>')
+    parts.append(f'<h2 id="title-{number}">{escaped(stage.title)}</h2>')
     parts += _band(picture, whole, stage)
     parts += _band(picture, low, stage)
     parts += _flow(stage, low, reserved)
@@ -265,7 +269,7 @@ def _stage(picture: Picture, rulers: Sequence[Ruler], number: int, stage: Stage)
     if changes:
         parts.append('<ul class="list">')
         for where, before, after in changes[:_CHANGES_SHOWN]:
-            became = "as before" if before == after else f"{_text(before)} &rarr; {_text(after)}"
+            became = "as before" if before == after else f"{escaped(before)} &rarr; {escaped(after)}"
             parts.append(f'<li><span class="a">{where}</span> ({format_size(where.size)}): {became}</li>')
         if len(changes) > _CHANGES_SHOWN:
             parts.append(f"<li>and {len(changes) - _CHANGES_SHOWN} more</li>")
@@ -274,8 +278,8 @@ def _stage(picture: Picture, rulers: Sequence[Ruler], number: int, stage: Stage)
     parts.append("<th>size</th><th>what</th><th>who may write</th></tr></thead><tbody>")
     for where, size, what, piece in describe_rows(stage.pieces):
         parts.append(
-            f'<tr><td class="a">{where}</td><td class="n">{format_size(size)}</td><td>{_text(what)}</td>'
-            f"<td>{_text(HOLDERS[piece.holder])}</td></tr>"
+            f'<tr><td class="a">{where}</td><td class="n">{format_size(size)}</td><td>{escaped(what)}</td>'
+            f"<td>{escaped(HOLDERS[piece.holder])}</td></tr>"
         )
     return [*parts, "</tbody></table></div></details></section>"]
 
@@ -283,8 +287,8 @@ def _stage(picture: Picture, rulers: Sequence[Ruler], number: int, stage: Stage)
 def _band(picture: Picture, ruler: Ruler, stage: Stage) -> list[str]:
     band, cells = ruler.band, ruler.cells(stage)
     bar = [
-        f'<div class="who">{_text(band.title)} <small>{format_size(band.window.size)}</small></div>',
-        f'<div class="bar" role="group" aria-label="{_text(band.title)}, {band.window}">',
+        f'<div class="who">{escaped(band.title)} <small>{format_size(band.window.size)}</small></div>',
+        f'<div class="bar" role="group" aria-label="{escaped(band.title)}, {band.window}">',
         *(_cell(cell) for cell in cells),
     ]
     flow = stage.flow
@@ -303,7 +307,7 @@ def _band(picture: Picture, ruler: Ruler, stage: Stage) -> list[str]:
     for lane in picture.lanes(stage, band.window):
         spans = [span for each in lane.ranges if (span := ruler.span(each)) is not None]
         fill = f";background:{LANE_FILLS[lane.name]}"
-        beside.append(f'<div class="lanename" title="{_text(lane.meaning)}">{_text(lane.label)}</div><div class="lane">')
+        beside.append(f'<div class="lanename" title="{escaped(lane.meaning)}">{escaped(lane.label)}</div><div class="lane">')
         beside += [f'<i style="{_place(*span)}{fill}"></i>' for span in spans]
         beside.append("</div>")
     addresses = ['<div class="at a">', *_addresses(ruler, cells), "</div>"]
@@ -326,10 +330,10 @@ def _cell(cell: Cell) -> str:
     ]
     labels = [label for label in cell.labels if label]
     # what is shown is chosen by width, what is told is the title
-    spoken = [f'<b class="w{_width_class(label)}" data-label="{_text(label)}"></b>' for label in labels if len(label) > 1]
-    spoken += [f'<s data-label="{_text(label)}"></s>' for label in labels if len(label) == 1]
+    spoken = [f'<b class="w{_width_class(label)}" data-label="{escaped(label)}"></b>' for label in labels if len(label) > 1]
+    spoken += [f'<s data-label="{escaped(label)}"></s>' for label in labels if len(label) == 1]
     return (
-        f'<button type="button" class="{" ".join(classes)}" style="{_place(cell.left, cell.right)}" title="{_text(told)}">'
+        f'<button type="button" class="{" ".join(classes)}" style="{_place(cell.left, cell.right)}" title="{escaped(told)}">'
         f"{''.join(spoken)}</button>"
     )
 
@@ -409,11 +413,11 @@ def _flow(stage: Stage, low: Ruler, reserved: Ruler) -> list[str]:
 
 def _key(picture: Picture, rulers: Sequence[Ruler]) -> list[str]:
     parts = ['<section><h2>Colours</h2><ul class="key">']
-    parts += [f'<li><i class="{kind.name}"></i>{_text(kind.meaning)}</li>' for kind in picture.kinds]
+    parts += [f'<li><i class="{kind.name}"></i>{escaped(kind.meaning)}</li>' for kind in picture.kinds]
     parts.append('<li><i class="c"></i>changed by this step</li>')
     lanes = {lane.name: lane for stage in picture.stages for lane in picture.lanes(stage)}
     parts += [
-        f'<li><i class="l" style="background:{LANE_FILLS[lane.name]}"></i>{_text(lane.label)}: {_text(lane.meaning)}</li>'
+        f'<li><i class="l" style="background:{LANE_FILLS[lane.name]}"></i>{escaped(lane.label)}: {escaped(lane.meaning)}</li>'
         for lane in lanes.values()
     ]
     note = "Each bar is linear, and the same at every stage. Regions with a dot are drawn wider than to scale."
@@ -427,17 +431,12 @@ def _hazard(hazard: Hazard) -> str:
     parts = [
         f'<article class="hazard" style="border-color:{colour}"><h3>'
         f'<span class="badge" style="background:{colour}">{word}</span>'
-        f"{_text(hazard.title)} <small>{_text(hazard.name)}</small></h3><p>{_text(hazard.reason)}</p>"
+        f"{escaped(hazard.title)} <small>{escaped(hazard.name)}</small></h3><p>{escaped(hazard.reason)}</p>"
     ]
     if hazard.ranges:
         parts.append(f'<p class="a">{ranges_text(hazard)}</p>')
     if hazard.advice:
-        parts.append(f"<p><strong>What to do:</strong> {_text(hazard.advice)}</p>")
+        parts.append(f"<p><strong>What to do:</strong> {escaped(hazard.advice)}</p>")
     if hazard.source:
-        parts.append(f"<p><small>Source: {_text(hazard.source)}</small></p>")
+        parts.append(f"<p><small>Source: {escaped(hazard.source)}</small></p>")
     return "".join([*parts, "</article>"])
-
-
-def _text(text: str) -> str:
-    """Escaped for HTML, in text and in attributes; a line break stays one."""
-    return "\n".join(escape(visible(line)) for line in text.split("\n"))

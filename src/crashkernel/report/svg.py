@@ -5,11 +5,11 @@ browser, in a ticket, on paper and in dark mode.
 from __future__ import annotations
 
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from crashkernel.memory import RangeSet, format_size
+from crashkernel.memory import Range, RangeSet, format_size
 from crashkernel.report.hazards import VERDICTS, ranges_text, summary, worst_first
-from crashkernel.report.picture import FREE, GAP, KINDS, Picture, headline
+from crashkernel.report.picture import FREE, GAP, KINDS, Lane, Picture, headline
 from crashkernel.report.terminal import visible
 
 if TYPE_CHECKING:
@@ -26,9 +26,19 @@ _BETWEEN = 26
 """Height for arrows between two bars."""
 _LANE = 11
 
-LANE_FILLS = {"real-mode": "#767676", "k2": "#d75f00", "exposed": "#af005f", "hazard": "#b3261e"}
+LANE_FILLS = {"real-mode": "#767676", "k2": "#d75f00", "exposed": "#af005f", "hazard": "#b3261e", "wrong": "#b3261e"}
 """Colours of the lanes."""
 
+Moment = Literal["loaded", "entered"]
+"""Before anything of a handover has happened, and when all of it has."""
+
+GAP_PATTERN = (
+    '<defs><pattern id="gap" width="6" height="6" patternUnits="userSpaceOnUse"><path d="M0 6L6 0" '
+    'stroke="#b0b0b0" stroke-width=".8"/></pattern></defs>'
+)
+"""How what is no memory is drawn; a page with maps has it once."""
+
+_NOTHING = RangeSet()
 _STYLE = (
     "text{font:11px sans-serif;fill:#202020}.h{font-size:16px;font-weight:bold}.t{font-size:13px;font-weight:bold}"
     ".a{font:9.5px monospace;fill:#505050}.g{font-size:10px;fill:#505050}.c>rect{stroke:#fff;stroke-width:.8}"
@@ -41,11 +51,31 @@ def stages_svg(plan: LoadPlan) -> str:
     return _Drawing(Picture(plan)).render()
 
 
+def moment_svg(plan: LoadPlan, moment: Moment, wrong: RangeSet = _NOTHING) -> str:
+    """One moment of `plan`, as an element of class "map" for a page that has `moment_style` once.
+
+    `wrong` is what is not right in a dump, by K1's addresses: marked where these bytes lie at that moment.
+    """
+    if moment == "entered":
+        wrong = RangeSet(
+            Range.sized(kept.location + part.start - kept.range.start, part.size)
+            for kept in plan.kept
+            for part in wrong & RangeSet([kept.range])
+        )
+    return _Drawing(Picture(plan), wrong).render_moment(moment)
+
+
+def moment_style() -> str:
+    """Rules for all elements that `moment_svg` makes."""
+    return "".join(f".map {rule}}}" for rule in f"{_STYLE}.gap{{fill:url(#gap)}}{_fills()}".split("}")[:-1])
+
+
 class _Drawing:
     """Draws from top to bottom; `y` is where the next thing goes."""
 
-    def __init__(self, picture: Picture) -> None:
+    def __init__(self, picture: Picture, wrong: RangeSet = _NOTHING) -> None:
         self._picture = picture
+        self._wrong = wrong
         self._rulers = {band.name: band.ruler(_ROOM, _MINIMUM) for band in picture.bands}
         self._parts: list[str] = []
         self._y = 0.0
@@ -57,14 +87,12 @@ class _Drawing:
             self._stage(stage, checks, whole=number in (0, len(frames) - 1))
         self._foot()
         height = round(self._y + 12)
-        fills = "".join(f".k{k.labels[-1]}{{fill:{k.fill}}}.l{k.labels[-1]}{{fill:{k.ink}}}" for k in KINDS if k is not GAP)
         return "\n".join(
             [
                 f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" height="{height}" '
-                f'role="img" aria-label="{_text("; ".join(headline(self._picture.plan)))}">',
-                f"<style>{_STYLE}.gap{{fill:url(#gap)}}{fills}</style>",
-                '<defs><pattern id="gap" width="6" height="6" patternUnits="userSpaceOnUse"><path d="M0 6L6 0" '
-                'stroke="#b0b0b0" stroke-width=".8"/></pattern></defs>',
+                f'role="img" aria-label="{escaped("; ".join(headline(self._picture.plan)))}">',
+                f"<style>{_STYLE}.gap{{fill:url(#gap)}}{_fills()}</style>",
+                GAP_PATTERN,
                 f'<rect x=".5" y=".5" width="{_WIDTH - 1}" height="{height - 1}" rx="6" fill="#fff" stroke="#b0b0b0"/>',
                 *self._parts,
                 "</svg>",
@@ -72,12 +100,22 @@ class _Drawing:
             ]
         )
 
+    def render_moment(self, moment: Moment) -> str:
+        """The whole of one stage, on a ground of its own."""
+        stage = self._picture.stages[0 if moment == "loaded" else -1]
+        self._stage(stage, (), whole=True)
+        height = round(self._y)
+        return (
+            f'<svg class="map" viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escaped(stage.title)}">'
+            f'<rect width="{_WIDTH}" height="{height}" fill="#fff"/>{"".join(self._parts)}</svg>'
+        )
+
     def _add(self, part: str) -> None:
         self._parts.append(part)
 
     def _say(self, x: float, y: float, text: str, style: str = "", more: str = "") -> None:
         css = f' class="{style}"' if style else ""
-        self._add(f'<text x="{x:g}" y="{y:g}"{css}{more}>{_text(text)}</text>')
+        self._add(f'<text x="{x:g}" y="{y:g}"{css}{more}>{escaped(text)}</text>')
 
     def _head(self) -> None:
         first, *others = headline(self._picture.plan)
@@ -135,19 +173,24 @@ class _Drawing:
                 width = max(2.0, span[1] - span[0])
                 self._add(f'<rect x="{_LEFT + span[0]:.1f}" y="{top:g}" width="{width:.1f}" height="{_BAR}" class="n"/>')
         self._y += _BAR
-        for lane in self._picture.lanes(stage, ruler.band.window) if lanes else ():
+        for lane in self._lanes(stage, ruler) if lanes else ():
             spans = [span for each in lane.ranges if (span := ruler.span(each)) is not None]
             self._say(_LEFT - 8, self._y + 9, lane.label, "g e")
             path = "".join(
                 f"M{_LEFT + left:.1f} {self._y + 3:g}h{max(2.0, right - left):.1f}v5h-{max(2.0, right - left):.1f}z"
                 for left, right in spans
             )
-            self._add(f'<path d="{path}" fill="{LANE_FILLS[lane.name]}"><title>{_text(lane.meaning)}</title></path>')
+            self._add(f'<path d="{path}" fill="{LANE_FILLS[lane.name]}"><title>{escaped(lane.meaning)}</title></path>')
             self._y += _LANE
         if not above:
             self._addresses(ruler, cells, self._y + 10)
             self._y += 14
         return top, top + _BAR
+
+    def _lanes(self, stage: Stage, ruler: Ruler) -> tuple[Lane, ...]:
+        lanes = self._picture.lanes(stage, ruler.band.window)
+        wrong = self._wrong & RangeSet([ruler.band.window])
+        return (*lanes, Lane("wrong", "wrong", "bytes that are wrong in the dump", wrong)) if wrong else lanes
 
     def _cell(self, cell: Cell, top: float) -> None:
         left, width = _LEFT + cell.left, cell.right - cell.left
@@ -156,7 +199,7 @@ class _Drawing:
         told = [cell.name, f"{cell.range} ({format_size(size)})", came_from, holder]
         self._add(
             f'<rect x="{left}" y="{top:g}" width="{width}" height="{_BAR}" class="{_class(cell.kind)}">'
-            f"<title>{_text(chr(10).join(filter(None, told)))}</title></rect>"
+            f"<title>{escaped(chr(10).join(filter(None, told)))}</title></rect>"
         )
         if cell.mixed:
             self._add(f'<rect x="{left}" y="{top:g}" width="{width}" height="{_BAR}" class="gap" pointer-events="none"/>')
@@ -230,6 +273,10 @@ class _Drawing:
                 self._y += 15
 
 
+def _fills() -> str:
+    return "".join(f".k{k.labels[-1]}{{fill:{k.fill}}}.l{k.labels[-1]}{{fill:{k.ink}}}" for k in KINDS if k is not GAP)
+
+
 def _class(kind: Kind) -> str:
     """Short: there are hundreds of them."""
     return f"k{kind.labels[-1]}" if kind is not GAP else "gap"
@@ -239,6 +286,6 @@ def _cut(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def _text(text: str) -> str:
-    """For XML, which has no control characters; a line break inside a title stays one."""
+def escaped(text: str) -> str:
+    """For XML and HTML, in texts and attributes: without control characters, but that a line break stays one."""
     return "\n".join(escape(visible(line)) for line in text.split("\n"))

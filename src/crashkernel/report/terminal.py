@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 
 _CUBE = (0, 95, 135, 175, 215, 255)
+# ECMA-48 5.4 (CSI), 5.6 (strings, OSC among them), and escapes of two or three bytes
+_SEQUENCES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[ -/]*[0-~]")
 
 
 def visible(text: str) -> str:
@@ -14,6 +17,23 @@ def visible(text: str) -> str:
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii", "backslashreplace") for c in text
     )
+
+
+def tail(text: str, lines: int, width: int) -> list[str]:
+    """The last lines of a console's log as they may be shown: without control sequences, of at most `width` characters each.
+
+    What a carriage return took back is left out, and so are empty lines at the end.
+    """
+    shown: list[str] = []
+    end = len(text)
+    while end >= 0 and len(shown) < lines:
+        start = text.rfind("\n", 0, end) + 1
+        left = text[start:end].rstrip("\r").rpartition("\r")[2]
+        plain = visible(_SEQUENCES.sub("", left[: width * 8]).replace("\t", " ")).rstrip()
+        if plain or shown:
+            shown.append(plain if len(plain) <= width else f"{plain[: width - 1]}…")
+        end = start - 1
+    return shown[::-1]
 
 
 def wrap(text: str, width: int, first: str = "", rest: str = "") -> list[str]:
