@@ -52,7 +52,9 @@ _COMMANDS = {
     "dumps": ("inspect", "verify", "convert"),
     "receive": ("receive",),
     "twin": ("drill", "describe-twin", "big-endian"),
+    "campaign": ("campaign",),
     "bench": ("bench",),
+    "report": ("report",),
 }
 """The modules of this room, and the commands of each."""
 

@@ -97,6 +97,11 @@ def places() -> list[Path]:
     return [Path(chosen)] if chosen else [_SHARED_MEMORY, Path(tempfile.gettempdir())]
 
 
+def place_with_room(share: Share) -> Path:
+    """Where a drill that takes `share` is likely to work: what it leaves there can be moved, not copied."""
+    return next((place for place in places() if _has_room(place, share.memory)), places()[-1])
+
+
 def remove_leftovers() -> None:
     """Remove what drills left that were killed outright: gigabytes, in memory. A drill that lives holds its lock."""
     for place in places():

@@ -1,0 +1,366 @@
+"""Drills of a campaign on Dask workers, until each has a result.
+
+The driver is the only one who writes to the database. What it has not written down was not done: whenever it is killed, running
+the same campaign again goes on where it stopped. A worker that dies is Dask's business, which gives its drill to another; the
+host's ledger (`drill.budget`) sees to it that no host takes on more than it has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import platform
+import queue
+import shutil
+import subprocess
+import time
+import uuid
+from collections import defaultdict, deque
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Protocol
+
+from crashkernel import __version__
+from crashkernel.campaign import worker
+from crashkernel.campaign.store import Result, Store, StoredDrill, utc_now
+from crashkernel.drill.budget import (
+    CPUS_VARIABLE,
+    MEMORY_VARIABLE,
+    Share,
+    drill_share,
+    limit,
+    places,
+    private_directory,
+    remove_leftovers,
+)
+from crashkernel.drill.request import fetch
+from crashkernel.errors import CrashkernelError, EnvironmentFault
+from crashkernel.memory import parse_size
+from crashkernel.report.terminal import visible
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from pathlib import Path
+
+    from distributed import Client, Future
+
+    from crashkernel.campaign.file import Campaign
+    from crashkernel.drill.request import DrillRequest
+
+_MOST_DEATHS = 10  # of workers in one drill: that many are its own doing
+_TICK = 0.25  # seconds
+_CONNECT = 30  # seconds to find a scheduler, and a worker
+_STOPPING = 30  # seconds for drills to end when the campaign is given up
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to run a campaign. What is None follows from the host; `program` is in place of `worker.PROGRAM`."""
+
+    scheduler: str = ""  # the address of a Dask scheduler; "": workers on this host
+    workers: int | None = None
+    cpus: int | None = None  # of each host, for all drills together
+    memory: int | None = None  # bytes, likewise
+    retry_errors: bool = False
+    program: tuple[str, ...] = ()
+
+    @property
+    def limits(self) -> dict[str, str]:
+        """The ledger's variables for the drills."""
+        given = ((CPUS_VARIABLE, self.cpus), (MEMORY_VARIABLE, self.memory))
+        return {name: str(value) for name, value in given if value is not None}
+
+    @property
+    def local_workers(self) -> int:
+        """How many drills are started on this host at a time, as far as the ledger lets them."""
+        return self.workers or self.cpus or limit().cpus
+
+
+class Observer(Protocol):
+    """Who is told what happens, in the driver's own thread."""
+
+    def note(self, text: str) -> None:
+        """Something to know."""
+
+    def planned(self, pending: Sequence[StoredDrill], done: Sequence[tuple[DrillRequest, str, float]], slots: int) -> None:
+        """These are to be drilled, so many at a time; others have their result: request, verdict, seconds."""
+
+    def stage(self, drill: StoredDrill, name: str, text: str) -> None:
+        """What a drill is doing; `name` is "" when a worker begins with it."""
+
+    def ended(self, drill: StoredDrill, result: Result) -> None:
+        """A drill has its result, and that is in the database."""
+
+    def tick(self) -> None:
+        """Time has passed."""
+
+
+def run_campaign(campaign: Campaign, db: Path, settings: Settings, observer: Observer) -> None:
+    """Drill what has no result yet; the results are in `db`.
+
+    :raise UsageError: the database is another campaign's.
+    :raise EnvironmentFault: Dask, QEMU or the scheduler is missing, or another driver is at work.
+    """
+    with Store.open(db, campaign, describe_host()) as store:
+        if settings.retry_errors and (count := store.forget_errors()):
+            observer.note(f"{count} that could not be run are tried again")
+        pending = store.drills(pending=True)
+        if not pending:
+            return
+        if not settings.scheduler:
+            if not settings.program:
+                _fetch_packages([drill.request for drill in pending], observer)
+            remove_leftovers()
+        start = time.monotonic()
+        with _connected(settings) as client:
+            if not settings.program:
+                _require_equipped(client)
+            slots = sum(client.nthreads().values())
+            cpus = settings.cpus or (slots if settings.scheduler else limit().cpus)
+            run = store.begin_run(len(client.nthreads()), cpus, settings.scheduler)
+            end = False
+            try:
+                observer.planned(pending, store.done(), slots)
+                _Driver(campaign, store, settings, observer, client).work(pending)
+                end = True
+            finally:
+                store.end_run(run, time.monotonic() - start, "done" if end else "interrupted")
+        if not settings.scheduler:
+            remove_leftovers()
+
+
+class _Driver:
+    """Sends drills to workers, no more at a time than there are, and writes down what comes back."""
+
+    def __init__(self, campaign: Campaign, store: Store, settings: Settings, observer: Observer, client: Client) -> None:
+        self._campaign, self._store, self._settings = campaign, store, settings
+        self._observer, self._client = observer, client
+        self._run = uuid.uuid4().hex
+        self._identity = store.identity
+        self._drills: dict[int, StoredDrill] = {}
+        self._futures: dict[int, Future[Result]] = {}
+        self._deaths: defaultdict[int, int] = defaultdict(int)
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+
+    def work(self, drills: Iterable[StoredDrill]) -> None:
+        """Until each has its result."""
+        waiting = deque(drills)
+        self._drills = {drill.number: drill for drill in waiting}
+        self._client.subscribe_topic(worker.TOPIC, lambda event: self._inbox.put(lambda: self._heard(event[1])))
+        slots, counted = 0, 0.0
+        try:
+            while waiting or self._futures:
+                if time.monotonic() - counted > 1:
+                    slots, counted = sum(self._client.nthreads().values()), time.monotonic()
+                while waiting and len(self._futures) < max(1, slots):
+                    self._send(waiting.popleft())
+                with contextlib.suppress(queue.Empty):
+                    self._inbox.get(timeout=_TICK)()
+                self._observer.tick()
+        finally:
+            if self._futures:
+                self._stop()
+
+    def _send(self, drill: StoredDrill) -> None:
+        request = drill.request
+        task = worker.Task(
+            campaign=self._identity,
+            run=self._run,
+            drill=drill.number,
+            command=tuple(request.command()),
+            share=request_share(request),
+            deadline=self._campaign.deadline,
+            limits=self._settings.limits,
+            program=self._settings.program,
+        )
+        deaths = self._deaths[drill.number]
+        key = f"crashkernel-{self._identity}-{drill.key}" + (f"-{deaths}" if deaths else "")
+        # in the file's order
+        future = self._client.submit(worker.run_on_worker, task, key=key, pure=False, priority=-drill.number)
+        self._futures[drill.number] = future
+        future.add_done_callback(lambda done: self._inbox.put(lambda: self._done(drill, done)))
+
+    def _heard(self, event: dict[str, Any]) -> None:
+        drill = self._drills.get(event["drill"])
+        if event["campaign"] != self._identity or drill is None or drill.number not in self._futures:
+            return
+        if not event["stage"]:
+            self._store.attempted(drill.number)
+        self._observer.stage(drill, event["stage"], event["text"])
+
+    def _done(self, drill: StoredDrill, future: Future[Result]) -> None:
+        if self._futures.get(drill.number) is not future:
+            return
+        del self._futures[drill.number]
+        if future.status == "finished":
+            result = future.result()
+        elif future.status == "error":
+            error = future.exception()
+            if type(error).__name__ == "KilledWorker":
+                self._deaths[drill.number] += 1
+                if self._deaths[drill.number] < _MOST_DEATHS:
+                    self._send(drill)
+                    return
+            now = utc_now()
+            result = Result("ERROR", "worker", visible(f"{type(error).__name__}: {error}"), started=now, ended=now)
+        else:
+            raise EnvironmentFault("the scheduler dropped a drill", hint="is it still running? the same command goes on")
+        self._store.add(drill.number, result)
+        self._observer.ended(drill, result)
+
+    def _stop(self) -> None:
+        """End the drills that run; what they did is dropped."""
+        futures = list(self._futures.values())
+        self._futures.clear()
+        with contextlib.suppress(Exception):  # whatever has become of the scheduler, this run is over
+            from distributed import wait  # noqa: PLC0415
+
+            self._client.run(worker.stop, self._run, on_error="ignore")
+            queued = [future for future in futures if not future.done()]
+            wait(queued, timeout=_STOPPING)
+
+
+@contextlib.contextmanager
+def _connected(settings: Settings) -> Iterator[Client]:
+    """A client of the scheduler that was asked for, or of workers on this host that end with it."""
+    try:
+        import dask  # noqa: PLC0415
+        from distributed import Client, LocalCluster  # noqa: PLC0415
+    except ImportError as error:
+        raise EnvironmentFault("a campaign needs distributed", hint="pip install 'crashkernel[campaign]'") from error
+    with contextlib.ExitStack() as stack:
+        for name in ("distributed", "tornado", "asyncio"):  # of workers that were killed, mostly
+            stack.enter_context(_quiet(logging.getLogger(name)))
+        if settings.scheduler:
+            try:
+                client = stack.enter_context(Client(settings.scheduler, timeout=_CONNECT, set_as_default=False))
+                client.wait_for_workers(1, timeout=_CONNECT)
+            except (OSError, ValueError, TimeoutError) as error:
+                raise EnvironmentFault(
+                    f"no scheduler with a worker at {settings.scheduler}: {error}",
+                    hint="start them with `dask scheduler` and `dask worker ADDRESS --nthreads 1`",
+                ) from error
+            yield client
+            return
+        scratch = stack.enter_context(private_directory(places()[-1]))
+        # as often as it takes: whoever kills workers is not to cost a drill its result
+        settled = {"distributed.scheduler.allowed-failures": 30, "temporary-directory": str(scratch)}
+        stack.enter_context(dask.config.set(settled))
+        cluster = LocalCluster(
+            n_workers=settings.local_workers,
+            threads_per_worker=1,
+            memory_limit=0,
+            dashboard_address=None,
+            silence_logs=logging.CRITICAL + 1,
+            local_directory=str(scratch),
+            preload=["crashkernel.campaign.worker"],
+        )
+        stack.enter_context(cluster)
+        yield stack.enter_context(Client(cluster, set_as_default=False))
+
+
+def _require_equipped(client: Client) -> None:
+    """Refuse workers on which no drill could be run, before every drill says so.
+
+    :raise EnvironmentFault: one lacks something.
+    """
+    try:
+        lacking = client.run(worker.lacks, __version__)
+    except Exception as error:  # whatever it is that keeps the package from being imported there
+        raise EnvironmentFault(
+            f"a worker cannot run drills: {error}", hint=f"install crashkernel {__version__} where the workers run"
+        ) from error
+    for address, what in lacking.items():
+        if what:
+            raise EnvironmentFault(f"the worker {address} lacks {what}")
+
+
+@contextlib.contextmanager
+def _quiet(logger: logging.Logger) -> Iterator[None]:
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _fetch_packages(requests: Iterable[DrillRequest], observer: Observer) -> None:
+    """Have all packages here before several drills ask for them. One that cannot be had is its drills' business.
+
+    :raise EnvironmentFault: QEMU is missing.
+    """
+    from crashkernel.drill.qemu import QEMU  # noqa: PLC0415
+
+    if shutil.which(QEMU) is None:
+        raise EnvironmentFault(f"{QEMU} is not installed", hint="apt-get install qemu-system-ppc")
+    different = {(request.kernels, request.capture is not None): request for request in requests}
+    for request in different.values():
+        try:
+            fetch(request, lambda text: observer.note(f"packages: {text}"))
+        except CrashkernelError as error:
+            observer.note(f"packages: {error}")
+
+
+def request_share(request: DrillRequest) -> Share:
+    """What the ledger will be asked for by this drill."""
+    return drill_share(parse_size(request.memory), request.smp, saved=request.capture is not None)
+
+
+def describe_host() -> dict[str, Any]:
+    """What a result may depend on, of the driver's host; memory in bytes."""
+    qemu = ""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        said = subprocess.run(["qemu-system-ppc64", "--version"], capture_output=True, text=True, timeout=20, check=True).stdout
+        qemu = said.splitlines()[0].removeprefix("QEMU emulator version ")
+    host = limit()
+    return {
+        "name": platform.node(),
+        "cpus": os.cpu_count(),
+        "memory": host.memory,
+        "qemu": qemu,
+        "python": platform.python_version(),
+        "kernel": platform.release(),
+        "machine": platform.machine(),
+    }
+
+
+@dataclass(slots=True)
+class Estimate:
+    """How long drills take: the mean of those like them that are done."""
+
+    _done: dict[tuple[object, ...], list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    def learn(self, request: DrillRequest, seconds: float) -> None:
+        """One more is done."""
+        for kind in self._kinds(request):
+            self._done[kind].append(seconds)
+
+    def seconds(self, request: DrillRequest) -> float:
+        """For one drill."""
+        for kind in self._kinds(request):
+            if self._done[kind]:
+                return fmean(self._done[kind])
+        return _USUAL
+
+    def left(self, waiting: Iterable[DrillRequest], running: Iterable[tuple[DrillRequest, float]], slots: int) -> float:
+        """For what waits, and the rest of what has been running for so many seconds; CPUs are what there is too few of."""
+        work = [(request, self.seconds(request)) for request in waiting]
+        work += [(request, max(0.0, self.seconds(request) - done)) for request, done in running]
+        cpus = limit().cpus
+        slots = max(1, min(slots, cpus))
+        return sum(seconds * min(request.smp, cpus, slots) for request, seconds in work) / slots
+
+    @staticmethod
+    def _kinds(request: DrillRequest) -> list[tuple[object, ...]]:
+        """What it is like, the nearest first."""
+        near = (request.machine, request.kernels, request.memory, request.smp, request.fault, request.capture is None)
+        return [
+            near,
+            near[:3],
+            (),
+        ]
+
+
+_USUAL = 20.0  # seconds of a drill with 1 GiB on one CPU of 2020
