@@ -125,6 +125,9 @@ def test_a_dump_level_that_is_none(level):
 
 def test_what_the_guest_says_of_its_memory():
     footprint = Footprint()
-    footprint.take("memory", "200000 90000 30000")
+    footprint.take("memory", "MemTotal:200000 MemAvailable:90000")
+    footprint.take("memory", "MemTotal:200000 MemAvailable:50000")
+    footprint.take("memory", "MemTotal:200000 MemAvailable:30000")
     footprint.take("peak", "40000 0")
-    assert footprint == Footprint(200000 << 10, 90000 << 10, 30000 << 10, 40000 << 10, 0)
+    assert (footprint.total, footprint.available, footprint.least) == (200000 << 10, 90000 << 10, 30000 << 10)
+    assert (footprint.peak, footprint.peak_of_child) == (40000 << 10, 0)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from typing import Literal
 
 from crashkernel.errors import UsageError
@@ -28,9 +29,9 @@ class Saving:
                 hint="1 drops pages of zeros, 2 page cache, 4 the same with private data, 8 user data, 16 free pages: add up",
             )
 
-    def arguments(self, target: str) -> tuple[str, ...]:
-        """What `crashkernel capture` is given behind the vmcore."""
-        return f"--level={self.level}", f"--codec={self.codec}", f"--to={target}"
+    def arguments(self, *targets: str) -> tuple[str, ...]:
+        """What `crashkernel capture` is given behind the vmcore: the first of the targets that takes it gets the dump."""
+        return f"--level={self.level}", f"--codec={self.codec}", *(f"--to={target}" for target in targets)
 
     @property
     def title(self) -> str:
@@ -38,24 +39,48 @@ class Saving:
         return f"crashkernel capture at level {self.level}, {self.codec}, to {self.to}"
 
 
-FOOTPRINT_WORDS = ("memory", "peak")
+FOOTPRINT_WORDS = ("booted", "memory", "peak")
 """The guest's messages that `Footprint.take` takes."""
+
+AVAILABLE = "MemAvailable"
+_FIELD = re.compile(r"(\w+):(\d{1,15})")
 
 
 @dataclass(slots=True)
 class Footprint:
-    """What the capture took of K2's memory, in bytes. `least` is what was available when least was."""
+    """What K2 says of its own memory; sizes in bytes. Empty where it did not get so far.
 
-    total: int = 0
-    available: int = 0  # before
-    least: int = 0  # while it ran
-    peak: int = 0  # resident, of the process itself
+    `booted` are lines of its log; `before` and `low` are /proc/meminfo, before the dump is saved and when the least was
+    available (Documentation/filesystems/proc.rst).
+    """
+
+    booted: list[str] = field(default_factory=list)
+    before: dict[str, int] = field(default_factory=dict)
+    low: dict[str, int] = field(default_factory=dict)
+    peak: int = 0  # resident, of `crashkernel capture` itself
     peak_of_child: int = 0  # resident, of its largest child: pages that it shares with its parent count in both
 
     def take(self, kind: str, words: str) -> None:
         """Take one of the guest's messages about memory; its numbers are KiB."""
-        numbers = [int(word) << 10 for word in words.split()]
-        if kind == "memory":
-            self.total, self.available, self.least = numbers
+        if kind == "booted":
+            self.booted.append(words)
+        elif kind == "memory":
+            self.low = {name: int(number) << 10 for name, number in _FIELD.findall(words)}
+            self.before = self.before or self.low
         elif kind == "peak":
-            self.peak, self.peak_of_child = numbers
+            self.peak, self.peak_of_child = (int(word) << 10 for word in words.split())
+
+    @property
+    def total(self) -> int:
+        """What K2's kernel manages, in bytes: without what it reserved at boot."""
+        return self.before.get("MemTotal", 0)
+
+    @property
+    def available(self) -> int:
+        """What could be had of it before the dump was saved."""
+        return self.before.get(AVAILABLE, 0)
+
+    @property
+    def least(self) -> int:
+        """What could be had of it when that was least."""
+        return self.low.get(AVAILABLE, 0)

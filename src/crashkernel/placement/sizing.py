@@ -503,8 +503,24 @@ def _bitmaps(k1_memory: int, page_size: int) -> int:
     return min(align_up(k1_memory, page_size) // page_size * _CORE_PAGE_BITS // 8, 32 * _MIB)
 
 
+def page_structs(k2_memory: RangeSet, mmu: Mmu, page_size: int) -> int:
+    """Bytes that K2's array of page structs takes: for each 16 MiB that its memory touches, in blocks (mm/sparse-vmemmap.c)."""
+    per_section = _SECTION // page_size * _STRUCT_PAGE
+    block = _vmemmap_block(k2_memory, mmu, page_size)
+    sections = (piece.align_outward(_SECTION) for piece in k2_memory)
+    return RangeSet(
+        Range(piece.start // _SECTION * per_section, piece.end // _SECTION * per_section).align_outward(block)
+        for piece in sections
+    ).total
+
+
+def _vmemmap_block(k2_memory: RangeSet, mmu: Mmu, page_size: int) -> int:
+    if mmu == "radix":
+        return _RADIX_VMEMMAP
+    return _HASH_VMEMMAP if k2_memory.total >= _GIB else page_size
+
+
 def _tables(k2_memory: RangeSet, mmu: Mmu, page_size: int) -> list[Need]:
-    sections = RangeSet(piece.align_outward(_SECTION) for piece in k2_memory)
     array_source = "mm/sparse-vmemmap.c: 64 bytes for each page of each 16 MiB touched"
     if mmu == "radix":
         # three levels, the last ones small: 2 MiB pages, and a page table at each ragged end
@@ -514,19 +530,14 @@ def _tables(k2_memory: RangeSet, mmu: Mmu, page_size: int) -> list[Need]:
             PROCESS_TABLE,
             "radix_pgtable.c, radix_init_pgtable: 16 MiB in one piece, aligned to as much",
         )
-        block = _RADIX_VMEMMAP
         firmware = [process, tables]
     else:
         # htab_get_table_size: a 128th of memory, a power of two; in a partition the hypervisor has the table instead
         table = 1 << max(18, (max(k2_memory.total // 128, 1) - 1).bit_length())
         firmware = [Need("hash table", table, "hash_utils.c, htab_get_table_size; the hypervisor's in a partition")]
-        block = _HASH_VMEMMAP if k2_memory.total >= _GIB else page_size
-    per_section = _SECTION // page_size * _STRUCT_PAGE
-    pages = RangeSet(
-        Range(piece.start // _SECTION * per_section, piece.end // _SECTION * per_section).align_outward(block)
-        for piece in sections
-    )
-    return [*firmware, Need("struct page array", pages.total, f"{array_source}; in blocks of {format_size(block)}")]
+    block = format_size(_vmemmap_block(k2_memory, mmu, page_size))
+    array = Need("struct page array", page_structs(k2_memory, mmu, page_size), f"{array_source}; in blocks of {block}")
+    return [*firmware, array]
 
 
 # ------------------------------------------------------------------------------------------------------ what vendors recommend
