@@ -307,7 +307,13 @@ class TestAnyMachine:
             shrink(patch)
             assert np.array_equal(select(array, level, run=run), array.expected(level))
 
-    @given(array=arrays(), level=st.integers(0, 31), ends=st.lists(st.integers(0, PAGES), min_size=1, max_size=6))
+    @given(
+        array=arrays(),
+        level=st.integers(0, 31),
+        ends=st.lists(
+            st.integers(0, PAGES) | st.integers(0, PAGES // 512).map(lambda chunk: 512 * chunk), min_size=1, max_size=6
+        ),
+    )
     def test_parts_are_what_the_whole_is(self, array, level, ends):
         memory = [(3, 700), (701, 1500), (1536, PAGES)]
         with pytest.MonkeyPatch.context() as patch:
@@ -321,6 +327,24 @@ class TestAnyMachine:
             for first, last in pairwise(edges):
                 parts[first:last] = classes_of(filtered, first, last)[first:last]
             assert np.array_equal(parts, whole)
+
+    def test_parts_in_order_are_one_pass_over_the_page_structs(self, small_chunks, monkeypatch):
+        array = sampler(ERAS[-1])
+        machine = DeadMachine(array)
+        filtered = PageFilter(machine, machine, 31)
+        asked = []
+        look_up = machine.page_structs
+        monkeypatch.setattr(machine, "page_structs", lambda first=0: asked.append(first) or look_up(first))
+        for parts in ((0, 512, 1024, PAGES), (0, 512, 1024, PAGES), (0, 1024, PAGES)):
+            asked.clear()
+            found = [classes_of(filtered, first, last)[first:last] for first, last in pairwise(parts)]
+            assert np.array_equal(np.concatenate(found), array.expected(31))
+            assert asked == [0]
+        asked.clear()
+        assert np.array_equal(classes_of(filtered, 1024)[1024:], array.expected(31)[1024:])
+        assert np.array_equal(classes_of(filtered, 0, 512)[:512], array.expected(31)[:512])
+        assert np.array_equal(classes_of(filtered, 1024)[1024:], array.expected(31)[1024:])
+        assert len(asked) == 3, "a part elsewhere begins anew"
 
     @given(
         seed=st.integers(0, 1 << 32), era=st.sampled_from(ERAS), level=st.integers(0, 31), share=st.sampled_from((0, 0.5, 1))

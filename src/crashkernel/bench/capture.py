@@ -539,7 +539,8 @@ class Bench:
             return Contender(f"{program}'s filter", lambda output: self._dry_run(program, big, output))
 
         def passing(workers: int) -> Contender:
-            command = (sys.executable, "-m", "crashkernel.bench.filterpass", str(big), str(LEVEL), str(workers))
+            python = ("env", "OPENBLAS_NUM_THREADS=1", sys.executable)  # as `crashkernel capture` has it
+            command = (*python, "-m", "crashkernel.bench.filterpass", str(big), str(LEVEL), str(workers))
             return Contender(f"our filter, {memory >> 30} GiB, {_workers(workers)}", lambda _output: command)
 
         others = [filtering(program) for program in self._programs[: len(makedumpfile.SUITES)]]

@@ -380,15 +380,16 @@ class Crew:
         finally:
             os._exit(status)
 
-    def _let_go(self, worker: _Worker) -> None:
-        self._team.remove(worker)
-        self._poll.unregister(worker.replies)
-        os.close(worker.requests)
-        os.close(worker.replies)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(worker.pid, signal.SIGKILL)  # a worker has nothing to lose, and may be stuck in a dead source
-        os.waitpid(worker.pid, 0)
+    def _let_go(self, *workers: _Worker) -> None:
+        for worker in workers:
+            self._team.remove(worker)
+            self._poll.unregister(worker.replies)
+            os.close(worker.requests)
+            os.close(worker.replies)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker.pid, signal.SIGKILL)  # a worker has nothing to lose, and may be stuck in a dead source
+        for worker in workers:
+            os.waitpid(worker.pid, 0)
 
     def _dismiss(self) -> None:
-        for worker in list(self._team):
-            self._let_go(worker)
+        self._let_go(*self._team)

@@ -40,8 +40,8 @@ from __future__ import annotations
 import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -131,8 +131,7 @@ class DeadKernel(Protocol):
 # ------------------------------------------------------------------------------------------------ what a page struct says
 
 
-@dataclass(frozen=True, slots=True)
-class _Rules:
+class _Rules(NamedTuple):
     """How to read a page struct, and what to drop.
 
     Columns count from the start of the struct in units of their width. Values are numbers as this machine reads them from K1's
@@ -342,7 +341,7 @@ class _RuleReader:
 # ---------------------------------------------------------------------------------------------------- looking at structs
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class _Findings:
     """What a pass met that is not as it should be."""
 
@@ -353,7 +352,7 @@ class _Findings:
     first_damaged: int = 0  # page frame of the first of them
 
     def note(self, findings: Findings, place: int) -> None:
-        """Put it in words; `place` is where the pass began."""
+        """Put it in words, and begin anew; `place` is where the pass began."""
         if self.structless:
             findings.note("{count} pages of memory have no page structs: they are kept", place, self.structless)
         if self.unreadable:
@@ -363,10 +362,10 @@ class _Findings:
             findings.note(text, self.first_damaged, self.damaged)
         if self.bad_blocks:
             findings.note("{count} free blocks have an impossible size or place: they are kept", place, self.bad_blocks)
+        self.structless = self.unreadable = self.bad_blocks = self.damaged = self.first_damaged = 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Block:
+class _Block(NamedTuple):
     """The pages up to `end` (a page frame, exclusive) belong to a block whose first page decides their class."""
 
     end: int = 0
@@ -643,14 +642,19 @@ class PageFilter:
         for doubt in reader.doubts:
             self.findings.note(doubt)
         self._counted: int | None = None  # free pages by the kernel's own count
+        self._unfinished: tuple[int, _Walk | None] = 0, None  # what goes on from a page frame, if that is asked for next
         self._distrust_free()
 
     def chunks_of(self, first: int, last: int) -> Iterator[Chunk]:
         """Yield the classes of the page frames [first, last).
 
-        So several processes can share the work, each with a part of the machine and its own `doubts`.
+        So several processes can share the work, each with a part of the machine and its own `doubts`. One that goes over all of
+        it, part after part, does not look up again where the page structs are.
         """
-        walk: _Walk | None = None
+        (reached, walk), self._unfinished = self._unfinished, (0, None)
+        in_order = first in (0, reached)
+        if first != reached:
+            walk = None
         for start, end in self._cells(first, last):
             present = self._present(start, end)
             if self._rules is None:
@@ -668,6 +672,8 @@ class PageFilter:
             walk.findings.note(self.findings, first)
             for doubt in self._kernel.doubts:
                 self.findings.note(doubt)
+        if in_order and last < self.max_pfn and last % _CHUNK_PAGES == 0:
+            self._unfinished = last, walk
 
     def _distrust_free(self) -> None:
         """Keep all free pages if far more are marked free than the kernel counts: then the mark means something else.
@@ -698,7 +704,8 @@ class PageFilter:
         """Believe no mark of a free page any more, with such a share of memory marked."""
         assert self._rules is not None
         assert self._counted is not None
-        self._rules = replace(self._rules, free=False, buddy_type=None, unaccepted_type=None, free_orders=0)
+        self._unfinished = 0, None
+        self._rules = self._rules._replace(free=False, buddy_type=None, unaccepted_type=None, free_orders=0)
         counts = f"the kernel counts {self._counted / self._pages():.0%}"
         self.findings.note(f"{share:.0%} of memory is marked free, but {counts}: free pages are kept")
 

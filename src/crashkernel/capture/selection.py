@@ -8,9 +8,8 @@ are no class here: the writer finds them.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import IntEnum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,8 +40,7 @@ def pages_of_each_class(classes: NDArray[np.uint8]) -> NDArray[np.int64]:
     return counts
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Consecutive pages from page frame `pfn` on, with the `PageClass` of each as a byte."""
 
     pfn: int

@@ -14,7 +14,7 @@ import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,8 +35,7 @@ _DESCRIPTORS = 8192  # page descriptors that are collected before they are writt
 _IOV_MAX = 1024  # include/uapi/linux/uio.h, UIO_MAXIOV
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(NamedTuple):
     """How far a dump is: of `total` pages `done` are behind us, first in looking which to keep, then in copying those.
 
     `written` counts bytes, `classes` the pages of each class that were found so far, `unreadable` those that the source would

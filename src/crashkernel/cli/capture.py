@@ -6,7 +6,6 @@ import argparse
 import gc
 import json
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -142,6 +141,7 @@ def _capture(arguments: argparse.Namespace) -> int:
     identity = capture.identity
     console.say(f"{identity.utsname.release} {identity.utsname.machine}: {capture.panic or 'no panic message in its log'}")
     console.doubt(kernel.doubts)
+    gc.freeze()  # nor is it looked at when the process ends
     saved = save(
         capture.write,
         targets,
@@ -229,10 +229,14 @@ class _Capture:
 
 def _targets(arguments: argparse.Namespace) -> list[Target]:
     from crashkernel.target import TargetOptions, parse_target  # noqa: PLC0415
-    from crashkernel.target.encryption import Encryption  # noqa: PLC0415
 
+    encryption = None
+    if arguments.encrypt_to:
+        from crashkernel.target.encryption import Encryption  # noqa: PLC0415
+
+        encryption = Encryption.to(arguments.encrypt_to)
     options = TargetOptions(
-        encryption=Encryption.to(arguments.encrypt_to) if arguments.encrypt_to else None,
+        encryption=encryption,
         ssh_identity=arguments.ssh_identity,
         token_file=arguments.token_file,
         ca_file=arguments.ca_file,
@@ -322,6 +326,8 @@ class _Console:
             text = f"{share:4.0%} of memory looked at"
         text += _dropped(progress.classes)
         if self._terminal:
+            import shutil  # noqa: PLC0415 - brings every kind of archive with it
+
             width = shutil.get_terminal_size().columns
             bar = "#" * round(20 * share)
             self._stream.write(f"\r\x1b[K[{bar:<20}] {text}"[: width + 4])

@@ -1,9 +1,9 @@
 """Where a dump goes, and what makes it whole.
 
-`base` (what each is) · `local`, `files` (a file) · `device` (a block device) · `stream` (standard output, and what all streams
-share) · `ssh` · `web` (our receiver) · `saving` (the first target that takes it) · `aside` (what may hang) · `manifest` ·
-`encryption`; at the other end `receiver`, `uploads` and `unpacking`. A target's module, and what it needs of the library, is
-imported when there is one: the capture kernel's initramfs may lack what another's would need.
+`base` (what each is) · `local`, `files`, `filestream` (a file) · `device` (a block device) · `stream` (standard output, and
+what all streams share) · `ssh` · `web` (our receiver) · `saving` (the first target that takes it) · `aside` (what may hang) ·
+`manifest` · `encryption`; at the other end `receiver`, `uploads` and `unpacking`. A target's module, and what it needs of the
+library, is imported when there is one: the capture kernel's initramfs may lack what another's would need.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from crashkernel.errors import UsageError
 from crashkernel.target.aside import Kind, kind_of
 from crashkernel.target.base import DUMP, INCOMPLETE, LOG, Heartbeat, Saved, Target, TargetFailed
-from crashkernel.target.encryption import Encryption
-from crashkernel.target.local import FileStreamTarget, FileTarget
+from crashkernel.target.local import FileTarget
 from crashkernel.target.saving import STALL, Beat, NoTargetLeft, Write, save
-from crashkernel.target.stream import StdoutTarget
+
+if TYPE_CHECKING:
+    from crashkernel.target.encryption import Encryption
 
 __all__ = [
     "DUMP",
@@ -58,6 +60,8 @@ def parse_target(text: str, options: TargetOptions | None = None) -> Target:
     """
     options = options or TargetOptions()
     if text == "-":
+        from crashkernel.target.stream import StdoutTarget  # noqa: PLC0415
+
         return StdoutTarget(options.encryption)
     if "://" in text:
         return _network_target(text, options)
@@ -69,6 +73,8 @@ def parse_target(text: str, options: TargetOptions | None = None) -> Target:
 
         return DeviceTarget(text, options.encryption)
     if options.encryption:
+        from crashkernel.target.filestream import FileStreamTarget  # noqa: PLC0415
+
         return FileStreamTarget(text, options.encryption, kind)
     return FileTarget(text, kind)
 

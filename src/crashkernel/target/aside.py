@@ -55,15 +55,16 @@ def aside(work: Callable[[], int], patience: float | None = None) -> int | None:
             status = work()
         finally:
             os._exit(status)
-    if (ended := _wait(pid, PATIENCE if patience is None else patience)) is None:
+    if (ended := wait_for(pid, PATIENCE if patience is None else patience)) is None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        _wait(pid, 0.1)  # but for one that cannot be killed
+        wait_for(pid, 0.1)  # but for one that cannot be killed
         return None
     return ended if 0 <= ended < 255 else None
 
 
-def _wait(pid: int, patience: float) -> int | None:
+def wait_for(pid: int, patience: float) -> int | None:
+    """The exit status of a child, or minus the signal that ended it; None if it goes on for longer than `patience` seconds."""
     deadline = time.monotonic() + patience
     pause = _GLANCE
     while True:

@@ -11,18 +11,19 @@ import contextlib
 import ctypes
 import errno
 import os
+import pickle
+import select
 import signal
+import struct
 import sys
-import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from multiprocessing.connection import Pipe
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from crashkernel.errors import CrashkernelError, EnvironmentFault, UsageError
-from crashkernel.target.aside import aside
+from crashkernel.target.aside import aside, wait_for
 from crashkernel.target.base import Heartbeat, Saved, Target, TargetFailed
 from crashkernel.target.manifest import Contents
 
@@ -44,6 +45,8 @@ _GRACE = 5.0
 """Seconds beyond its deadline that a target has to say itself why it gives up."""
 
 _GLANCE = 0.25  # seconds between looks at an attempt
+_ROOM = 1 << 16  # bytes: a pipe has no more
+_MESSAGE = struct.Struct("=I")  # how many bytes of a pickled tuple follow
 _PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 
 
@@ -106,7 +109,8 @@ class _Attempt:
         self._report = report
         self.leftover: Path | None = None
         self._alive = Heartbeat()
-        self._receive, self._send = Pipe(duplex=False)
+        self._receive, self._send = os.pipe()
+        self._received = bytearray()  # what of a message is here already
         self._pid = 0
 
     # -- the child
@@ -122,24 +126,26 @@ class _Attempt:
         try:
             self._pid = os.fork()
         except OSError as error:
+            os.close(self._receive)
+            os.close(self._send)
             raise TargetFailed(self.target.name, f"cannot fork: {error.strerror}") from error
         if self._pid == 0:
             self._live(parent, work)
         with contextlib.suppress(OSError):  # the child does the same: whoever comes first
             os.setpgid(self._pid, self._pid)
-        self._send.close()
+        os.close(self._send)
 
     def fill(self, write: Write, crash: str, files: Mapping[str, bytes]) -> Saved:
         """Give the target all it is to have."""
         target = self.target
         for warning in target.warnings():
-            self._send.send(("warning", warning))
+            self._tell("warning", warning)
         target.begin(crash, self._alive)
         for name, data in files.items():
             target.put(name, data)
             self._alive.beat()
         descriptor = target.open()
-        self._send.send(("leftover", target.leftover))
+        self._tell("leftover", target.leftover)
 
         def beat(start: int = 0, end: int = 0) -> None:
             self._alive.beat()
@@ -153,13 +159,19 @@ class _Attempt:
             os.setpgid(0, 0)  # so that all it starts can be ended with it
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is the parent's to answer
-            self._receive.close()
+            os.close(self._receive)
             if os.getppid() == parent:
-                self._send.send(self._outcome(work))
+                self._tell(*self._outcome(work))
             sys.stdout.flush()
             sys.stderr.flush()
         finally:
             os._exit(0)
+
+    def _tell(self, *message: Any) -> None:
+        data = pickle.dumps(message)
+        view = memoryview(_MESSAGE.pack(len(data)) + data)
+        while view:
+            view = view[os.write(self._send, view) :]
 
     def _outcome(self, work: Callable[[_Attempt], Saved]) -> tuple[Any, ...]:
         try:
@@ -188,23 +200,37 @@ class _Attempt:
         :raise TargetFailed: the target did not take the dump, or the child died or stood still for `stall` seconds.
         :raise CrashkernelError: what the child could not blame on the target.
         """
+        there = select.poll()
+        there.register(self._receive, select.POLLIN)
         try:
             while True:
                 dead = self._is_dead()
-                while self._receive.poll(0 if dead else _GLANCE):
-                    try:
-                        message = self._receive.recv()
-                    except EOFError:
+                while there.poll(0 if dead else _GLANCE * 1000):
+                    data = os.read(self._receive, _ROOM)
+                    if not data:
                         dead = True
                         break
-                    if outcome := self._hear(message):
-                        return outcome
+                    for message in self._messages(data):
+                        if outcome := self._hear(message):
+                            return outcome
                 if dead:
                     raise TargetFailed(self.target.name, self._death())
                 if (silence := self._alive.silence) > stall:
                     raise TargetFailed(self.target.name, f"no progress for {silence:.0f} s")
         finally:
             self._end()
+
+    def _messages(self, data: bytes) -> Iterator[tuple[Any, ...]]:
+        """Yield the messages that are whole with the `data` that has just come."""
+        received = self._received
+        received += data
+        while len(received) >= _MESSAGE.size:
+            end = _MESSAGE.size + _MESSAGE.unpack_from(received)[0]
+            if len(received) < end:
+                return
+            message = pickle.loads(received[_MESSAGE.size : end])  # noqa: S301 - from a child of ours
+            del received[:end]
+            yield message
 
     def _hear(self, message: tuple[Any, ...]) -> Saved | None:
         match message:
@@ -238,10 +264,8 @@ class _Attempt:
     def _end(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._pid, signal.SIGKILL)
-        deadline = time.monotonic() + _GRACE
-        while os.waitpid(self._pid, os.WNOHANG)[0] == 0 and time.monotonic() < deadline:
-            time.sleep(0.01)  # one that hangs in a dead disk is left behind: nothing can end it
-        self._receive.close()
+        wait_for(self._pid, _GRACE)  # one that hangs in a dead disk is left behind: nothing can end it
+        os.close(self._receive)
 
 
 def _reason(fault: Exception) -> tuple[str, str]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -45,8 +44,7 @@ class Mapping(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Format:
+class Format(NamedTuple):
     """How an architecture writes its tables. `levels` are the bits of the virtual address each indexes, top level first."""
 
     lowest: int  # the kernel's part of the address space begins here, and is as large as the table's reach or ends with 64 bits
@@ -156,8 +154,7 @@ class PageTable:
                 yield from self._walk(depth + 1, below, low, high)
 
 
-@dataclass(frozen=True, slots=True)
-class Direct:
+class Direct(NamedTuple):
     """Virtual addresses [start, end) that lie at `paddr` on: a kernel's linear map, or its own image."""
 
     start: int
