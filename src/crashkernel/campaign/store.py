@@ -253,6 +253,21 @@ def connect(path: Path, *, write: bool = False) -> sqlite3.Connection:
     return connection
 
 
+def read_evidence(path: Path, number: int) -> tuple[dict[str, Any] | None, str]:
+    """The JSON of a drill, None if it has none, and what its console said.
+
+    :raise UsageError: the database cannot be read.
+    :raise FormatError: it is no campaign's.
+    """
+    with contextlib.closing(connect(path)) as connection, _sqlite_errors(path):
+        row = connection.execute("SELECT record, console FROM result WHERE drill = ?", (number,)).fetchone()
+    record, console = row or (None, "")
+    try:
+        return None if record is None else json.loads(record), str(console)
+    except ValueError as error:
+        raise FormatError(f"the record of drill {number} is no JSON", source=str(path)) from error
+
+
 @contextlib.contextmanager
 def _sqlite_errors(path: Path) -> Iterator[None]:
     try:

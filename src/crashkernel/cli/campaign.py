@@ -6,14 +6,19 @@ import argparse
 import json
 import shlex
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from crashkernel.cli.command import add_command
-from crashkernel.cli.display import require_extra, terminable
+from crashkernel.campaign.file import load_campaign
+from crashkernel.campaign.store import read_evidence
+from crashkernel.cli.command import add_command, write
+from crashkernel.cli.display import require_extra, require_writable, terminable
+from crashkernel.drill.budget import Share, limit
+from crashkernel.drill.request import DrillRequest
+from crashkernel.errors import UsageError
 from crashkernel.memory import parse_size
-from crashkernel.report.campaign import duration
+from crashkernel.report.campaign import EXPECTED, duration, read_campaign
 from crashkernel.report.terminal import visible
 
 if TYPE_CHECKING:
@@ -23,10 +28,15 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.table import Table
 
+    from crashkernel.campaign.file import Campaign
+    from crashkernel.campaign.run import Settings
     from crashkernel.campaign.store import Result, StoredDrill
-    from crashkernel.drill.request import DrillRequest
+    from crashkernel.report.campaign import Campaign as Results
+    from crashkernel.report.campaign import Drill
 
 _COLOURS = {"PASS": "bold green", "FAIL": "bold red", "ERROR": "bold magenta"}
+
+_CONSOLE_LINES = 40
 
 _RUN_EPILOG = """examples:
   crashkernel campaign run campaigns/quick.toml --list      which drills, and how long they will take
@@ -45,6 +55,33 @@ exit status: 0 every drill came out as expected, 1 one did not, 2 usage, 3 one c
 """
 
 
+_SHOW_EPILOG = """examples:
+  crashkernel campaign show quick.sqlite
+  crashkernel campaign show quick.sqlite --failed           only what did not come out as expected
+  crashkernel campaign show quick.sqlite --drill 7          all that is known of one: times, reason, the console's end
+  crashkernel campaign show quick.sqlite --junit quick.xml
+
+`crashkernel report` draws the same as a matrix and as a page.
+
+exit status: 0 every drill came out as expected, 1 one did not, 2 usage, 3 one could not be run, or was not yet
+"""
+
+_DIFF_EPILOG = """example:
+  crashkernel campaign diff before.sqlite after.sqlite
+
+Drills are the same if their options and repeats are. Worse is what passed and does not now.
+
+exit status: 0 nothing got worse, 1 something did, 2 usage
+"""
+
+_TABLE_EPILOG = """examples:
+  crashkernel campaign table reach.sqlite
+  crashkernel campaign table reach.sqlite --update README.md    between the two markers there
+
+What failed says FAIL, with its reason below the table.
+"""
+
+
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add campaign to the parser."""
     campaign = add_command(
@@ -52,7 +89,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "campaign",
         "run many drills, and compare what came of them",
         "examples:\n  crashkernel campaign run campaigns/quick.toml\n  crashkernel campaign show quick.sqlite\n"
-        "  crashkernel campaign diff before.sqlite after.sqlite",
+        "  crashkernel campaign diff before.sqlite after.sqlite\n\ndocs/campaigns.md has both formats.",
     )
     parts = campaign.add_subparsers(title="commands", metavar="COMMAND", required=True)
     run = add_command(parts, "run", "run the drills of a campaign file that have no result yet", _RUN_EPILOG)
@@ -64,9 +101,32 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     run.add_argument("--cpus", type=_count, metavar="N", help="CPUs of each machine, for all drills together (default: all)")
     run.add_argument("--memory", metavar="SIZE", help="memory of each machine, likewise (default: what is free)")
     run.add_argument("--retry-errors", action="store_true", help="drill again what could not be run before")
-    run.add_argument("--junit", type=Path, metavar="FILE", help="write the results as JUnit XML too, for CI")
-    run.add_argument("--json", action="store_true", help="print the results as JSON, when all are there")
+    _add_forms(run)
     run.set_defaults(run=_run)
+
+    show = add_command(parts, "show", "what came of a campaign, drill by drill", _SHOW_EPILOG)
+    show.add_argument("database", type=Path, metavar="DB", help="the results of `crashkernel campaign run`")
+    only = show.add_mutually_exclusive_group()
+    only.add_argument("--failed", action="store_true", help="only what did not come out as expected")
+    only.add_argument("--drill", type=_count, metavar="N", help="all that is known of one drill")
+    _add_forms(show)
+    show.set_defaults(run=_show)
+
+    diff = add_command(parts, "diff", "what got better or worse between two runs of a campaign", _DIFF_EPILOG)
+    diff.add_argument("before", type=Path, metavar="A", help="the database of the first")
+    diff.add_argument("after", type=Path, metavar="B", help="of the second")
+    diff.add_argument("--json", action="store_true", help="print it as JSON")
+    diff.set_defaults(run=_diff)
+
+    table = add_command(parts, "table", "what a campaign showed to work, as a table in Markdown", _TABLE_EPILOG)
+    table.add_argument("database", type=Path, metavar="DB", help="the results of `crashkernel campaign run`")
+    table.add_argument("--update", type=Path, metavar="FILE", help="put it between the markers of this document")
+    table.set_defaults(run=_table)
+
+
+def _add_forms(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--junit", type=Path, metavar="FILE", help="write the results as JUnit XML too, for CI")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
 
 
 def _count(text: str) -> int:
@@ -77,8 +137,6 @@ def _count(text: str) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from crashkernel.campaign.file import load_campaign  # noqa: PLC0415
-
     campaign = load_campaign(arguments.file)
     db = arguments.db or Path(arguments.file.with_suffix(".sqlite").name)
     require_extra("numpy", "qemu", "rich")
@@ -91,6 +149,10 @@ def _run(arguments: argparse.Namespace) -> int:
         memory=None if arguments.memory is None else parse_size(arguments.memory),
         retry_errors=arguments.retry_errors,
     )
+    if arguments.list:
+        return _list(campaign, db, settings)
+    if arguments.junit is not None:
+        require_writable(arguments.junit)
     progress = Progress(campaign.name, to_stderr=arguments.json)
     try:
         with terminable(), progress:
@@ -99,34 +161,185 @@ def _run(arguments: argparse.Namespace) -> int:
         again = shlex.join(["crashkernel", "campaign", "run", str(arguments.file), "--db", str(db)])
         progress.line(f"what ran is dropped, what has a result is kept; to go on: {again}")
         raise
-    return _verdict(db, arguments)
-
-
-def _verdict(db: Path, arguments: argparse.Namespace) -> int:
-    """What the database says, as exit status and in the forms that were asked for."""
-    from crashkernel.report.campaign import read_campaign  # noqa: PLC0415
-
     results = read_campaign(db)
+    _write_forms(results, arguments)
+    if not arguments.json:
+        print(visible(f"{results.name}: {results.headline}"))
+        print(f"more: crashkernel campaign show {shlex.quote(str(db))}")
+    return results.exit_status
+
+
+def _list(campaign: Campaign, db: Path, settings: Settings) -> int:
+    """What would be run."""
+    from crashkernel.campaign.run import Estimate, request_share  # noqa: PLC0415
+
+    estimate, done = Estimate(), {}
+    if db.exists():
+        results = read_campaign(db)
+        done = {drill.key: drill.result.verdict for drill in results.drills if drill.result}
+        for drill in results.drills:
+            if drill.result and drill.result.verdict != "ERROR":
+                estimate.learn(DrillRequest.from_options(drill.options), drill.result.seconds)
+    pending = [drill for drill in campaign.drills if drill.key not in done]
+    for number, planned in enumerate(campaign.drills, 1):
+        request = planned.request
+        share, seconds = request_share(request), estimate.seconds(request)
+        repeat = f", repeat {planned.repeat}" if planned.repeat > 1 else ""
+        known = f"  (known to fail: {planned.known})" if planned.known else ""
+        told = done.get(planned.key) or f"{seconds:3.0f} s"
+        print(visible(f"{number:>4}  {told:<6} {share!s:<20} {request.title}{repeat}{known}"))
+    bound = limit()
+    cpus = settings.cpus or bound.cpus
+    memory = bound.memory if settings.memory is None else settings.memory
+    slots = settings.local_workers
+    seconds = estimate.left((drill.request for drill in pending), (), slots)
+    print(
+        visible(
+            f"{campaign.name}: {len(campaign.drills)} drills, {len(done)} of them done; {duration(seconds)} or so for the "
+            f"others on {Share(cpus, memory)}, {slots} at a time; a drill may take {duration(campaign.deadline)}"
+        )
+    )
+    return 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    results = read_campaign(arguments.database)
+    if arguments.drill is not None:
+        return _show_drill(results, arguments)
+    _write_forms(results, arguments)
+    if arguments.json:
+        return results.exit_status
+    console = _console()
+    console.print(f"{results.name}: {results.headline}", style="bold")
+    for fact in results.facts:
+        console.print(f"  {fact}")
+    for drill in results.drills:
+        if not arguments.failed or drill.standing not in (*EXPECTED, "missing"):
+            _show_line(console, drill)
+    return results.exit_status
+
+
+def _show_line(console: Console, drill: Drill) -> None:
+    result = drill.result
+    word = result.verdict if result else "-"
+    console.print(f"{drill.number:>5}  ", end="")
+    console.print(f"{word:<5}", style=_COLOURS.get(word, "dim"), end="")
+    seconds = f"{result.seconds:6.1f} s" if result else " " * 8
+    repeat = f", repeat {drill.repeat}" if drill.repeat > 1 and "repeat" not in drill.title else ""
+    console.print(f"{seconds}  {visible(drill.title)}{repeat}")
+    margin = " " * 12
+    if drill.known:
+        passed = "passed, though known to fail" if word == "PASS" else "known to fail"
+        console.print(f"{margin}{passed}: {visible(drill.known)}")
+    if result and result.reason:
+        console.print(f"{margin}{visible(f'{result.stage}: {result.reason}')}")
+    if drill.standing not in (*EXPECTED, "missing"):
+        console.print(f"{margin}{visible(drill.command)}", style="dim")
+
+
+def _show_drill(results: Results, arguments: argparse.Namespace) -> int:
+    drill = next((each for each in results.drills if each.number == arguments.drill), None)
+    if drill is None:
+        raise UsageError(f"{arguments.database} has no drill {arguments.drill}", hint=f"it has {len(results.drills)}")
+    if arguments.junit is not None:
+        raise UsageError("--junit is of all drills", hint="leave --drill out")
+    record, console_text = read_evidence(arguments.database, drill.number)
+    result = drill.result
+    if arguments.json:
+        told = None if result is None else asdict(result) | {"stages": dict(result.stages)}
+        of_drill = {"number": drill.number, "title": drill.title, "command": drill.command, "known": drill.known or None}
+        print(json.dumps({**of_drill, "result": told, "record": record, "console": console_text}, indent=1))
+    else:
+        console = _console()
+        _show_line(console, drill)
+        lines = [drill.command] if drill.standing in (*EXPECTED, "missing") else []
+        if result:
+            kernels = " and ".join(dict.fromkeys(filter(None, (result.release, result.capture_release))))
+            lines.append(f"{kernels or 'no kernel booted'}; {result.started} to {result.ended}")
+            lines.append(
+                f"attempt {result.attempt}, by worker {result.worker or '?'} on {result.host}; "
+                f"{result.cpu_seconds:.1f} s of CPU time, {result.boot_seconds:.1f} s in both boots"
+            )
+            lines += [f"{name:<10} {seconds:6.1f} s" for name, seconds in result.stages]
+            lines += [f"fault: {told}" for told in result.told]
+        for line in lines:
+            console.print(f"{'':12}{visible(line)}")
+        for line in console_text.splitlines()[-_CONSOLE_LINES:]:
+            console.print(f"{'':12}| {visible(line)}", style="dim")
+    return 0 if drill.standing in EXPECTED else 3 if drill.standing in ("error", "missing") else 1
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    from crashkernel.campaign.comparison import compare_campaigns, comparison_record  # noqa: PLC0415
+
+    comparison = compare_campaigns(read_campaign(arguments.before), read_campaign(arguments.after))
+    worse = len(comparison.of("worse"))
+    if arguments.json:
+        print(json.dumps(comparison_record(comparison), indent=1))
+        return 1 if worse else 0
+    console = _console()
+    for change in comparison.changes:
+        style = {"worse": "bold red", "better": "bold green", "changed": "bold yellow"}[change.kind]
+        console.print(f"{change.kind:<8}", style=style, end="")
+        console.print(visible(change.after.title))
+        for name, drill in (("was", change.before), ("is", change.after)):
+            result = drill.result
+            said = "not run yet" if result is None else result.verdict
+            why = f", {result.stage}: {result.reason}" if result and result.reason else ""
+            console.print(f"{'':8}{name:<4}{said}{visible(why)}")
+    for name, drills in (("new", comparison.new), ("gone", comparison.gone)):
+        for drill in drills:
+            console.print(f"{name:<8}{drill.result.verdict if drill.result else '-':<6}{visible(drill.title)}")
+    counts = [f"{worse} worse", f"{len(comparison.of('better'))} better", f"{len(comparison.of('changed'))} otherwise changed"]
+    counts += [f"{len(comparison.new)} new", f"{len(comparison.gone)} gone", f"{comparison.same} the same"]
+    console.print(", ".join(counts), style="bold")
+    if comparison.stages:
+        console.print(f"median seconds of {comparison.stages[-1].drills} drills that passed in both:")
+        for stage in comparison.stages:
+            console.print(
+                f"  {visible(stage.name):<12}{stage.before:7.1f}{stage.after:7.1f}  {stage.ratio:5.2f} times", markup=False
+            )
+    return 1 if worse else 0
+
+
+def _table(arguments: argparse.Namespace) -> int:
+    from crashkernel.campaign.table import campaign_table, update_document  # noqa: PLC0415
+
+    text = campaign_table(read_campaign(arguments.database))
+    if arguments.update is None:
+        print(text)
+    else:
+        update_document(arguments.update, text)
+    return 0
+
+
+def _console(*, stderr: bool = False) -> Console:
+    """Where texts from files go: as they are, colours apart."""
+    require_extra("rich")
+    from rich.console import Console  # noqa: PLC0415
+
+    return Console(stderr=stderr, highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+
+def _write_forms(results: Results, arguments: argparse.Namespace) -> None:
+    if arguments.junit is not None:
+        from crashkernel.campaign.junit import junit_xml  # noqa: PLC0415
+
+        write(arguments.junit, junit_xml(results), "--junit")
     if arguments.json:
         from crashkernel.report.campaignjson import figures  # noqa: PLC0415
 
         print(json.dumps(figures(results), indent=1))
-    else:
-        print(visible(f"{results.name}: {results.headline}"))
-        print(f"more: crashkernel campaign show {shlex.quote(str(db))}")
-    return results.exit_status
 
 
 class Progress:
     """The campaign on a terminal: what runs, what came out, the time that is left. Elsewhere a line for each result."""
 
     def __init__(self, name: str, *, to_stderr: bool = False) -> None:
-        from rich.console import Console  # noqa: PLC0415
-
         from crashkernel.campaign.run import Estimate  # noqa: PLC0415
 
         self._name = name
-        self._console: Console = Console(stderr=to_stderr, highlight=False, soft_wrap=True)
+        self._console = _console(stderr=to_stderr)
         self._live: Live | None = None
         self._estimate = Estimate()
         self._waiting: dict[int, StoredDrill] = {}
@@ -149,7 +362,7 @@ class Progress:
 
     def line(self, text: str, style: str = "") -> None:
         """A line that stays."""
-        self._console.print(text, style=style, markup=False)
+        self._console.print(text, style=style)
 
     def note(self, text: str) -> None:
         """Something to know."""
