@@ -354,7 +354,11 @@ class Campaign:
             *([format_size(host["memory"])] if isinstance(host.get("memory"), int) and host["memory"] >= 0 else []),
             *(f"{name} {host[key]}" for key, name in (("qemu", "QEMU"), ("python", "Python")) if host.get(key)),
         ]
-        facts = [", ".join([f"crashkernel {self.version}", *machine, *([f"begun {self.created}"] if self.created else [])])]
+        facts = [
+            ", ".join(
+                [f"crashkernel {self.version}", *machine, *([f"begun {_to_the_minute(self.created)}"] if self.created else [])]
+            )
+        ]
         if self.runs:
             ends = Counter(
                 {"done": "", "interrupted": "interrupted"}.get(run.end, "killed or still at it") for run in self.runs
@@ -402,37 +406,32 @@ class Campaign:
         return tuple(sorted(found, key=lambda g: (order.index(g.standing), -len(g.drills), g.drills[0].number)))
 
     @property
+    def timed(self) -> list[tuple[str, Result]]:
+        """Placement and result of the drills whose times are told: that passed, and without a fault if there are any such."""
+        passed = [(drill, drill.result) for drill in self.drills if drill.result is not None and drill.result.verdict == "PASS"]
+        plain = [(drill, result) for drill, result in passed if not drill.fault]
+        return [(drill.placement, result) for drill, result in plain or passed]
+
+    @property
     def stage_times(self) -> dict[str, dict[str, Spread]]:
-        """Of the drills that passed: how long each stage took, by placement; stages in their order."""
+        """How long each stage took, by placement; stages in their order."""
         places: defaultdict[str, list[int]] = defaultdict(list)
-        times: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
-        for drill in self.drills:
-            if drill.result is not None and drill.result.verdict == "PASS":
-                for place, (name, seconds) in enumerate(drill.result.stages):
-                    places[name].append(place)
-                    times[name, drill.placement].append(seconds)
+        times: defaultdict[str, list[tuple[str, float]]] = defaultdict(list)
+        for placement, result in self.timed:
+            for place, (name, seconds) in enumerate(result.stages):
+                places[name].append(place)
+                times[name].append((placement, seconds))
         order = sorted(places, key=lambda name: (sum(places[name]) / len(places[name]), name))
-        return {
-            name: {
-                placement: Spread(tuple(sorted(times[name, placement])))
-                for placement in self.placements
-                if (name, placement) in times
-            }
-            for name in order
-        }
+        return {name: self._spreads(times[name]) for name in order}
 
     @property
     def totals(self) -> dict[str, Spread]:
-        """Whole drills that passed, by placement."""
-        times = {
-            placement: sorted(
-                drill.result.seconds
-                for drill in self.drills
-                if drill.placement == placement and drill.result is not None and drill.result.verdict == "PASS"
-            )
-            for placement in self.placements
-        }
-        return {placement: Spread(tuple(values)) for placement, values in times.items() if values}
+        """Whole drills, by placement."""
+        return self._spreads([(placement, result.seconds) for placement, result in self.timed])
+
+    def _spreads(self, times: Sequence[tuple[str, float]]) -> dict[str, Spread]:
+        found = {placement: sorted(seconds for p, seconds in times if p == placement) for placement in self.placements}
+        return {placement: Spread(tuple(values)) for placement, values in found.items() if values}
 
     @property
     def pair(self) -> tuple[Drill, ...]:
@@ -459,6 +458,12 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def _to_the_minute(text: str) -> str:
+    """A moment for people, in its own time zone; what is none stays as it is."""
+    moment = _moment(text)
+    return text if moment is None else f"{moment:%Y-%m-%d %H:%M} {moment.tzname() or ''}".rstrip()
 
 
 def _plural(count: int, noun: str) -> str:
@@ -622,7 +627,8 @@ class _Reader:
     def _runs(self, results: Sequence[Result]) -> Iterator[Run]:
         rows = list(self._rows("run", "ORDER BY number"))
         starts = [row.text("started") for row in rows]
-        for row, started, following in zip(rows, starts, [*starts[1:], None], strict=True):
+        for number, (row, started) in enumerate(zip(rows, starts, strict=True), 1):
+            following = starts[number] if number < len(starts) else None
             seconds = row.seconds("seconds") if row["seconds"] is not None else _until_last(started, following, results)
             yield Run(started, row.text("ended"), seconds, row.whole("workers"), row.whole("cpus"), row.text("end"))
 

@@ -51,13 +51,14 @@ body{margin:0 auto;max-width:76rem;padding:1rem 1.25rem 3rem;background:var(--pa
 h1{font-size:1.15rem;margin:0;font-weight:600}
 h2{font-size:1.3rem;margin:2.75rem 0 .75rem;padding-bottom:.25rem;border-bottom:2px solid var(--line)}
 h3{font-size:1rem;margin:0 0 .4rem}
-h1,h2,h3,p,li,dd,td,th,summary{overflow-wrap:anywhere}
+h1,h2,h3,p,li,dd,summary,.list td{overflow-wrap:anywhere}
 p{margin:.35rem 0}
 a{color:var(--link)}
 code,pre{font-family:ui-monospace,monospace;font-size:.8125rem}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;background:var(--panel);padding:.6rem .75rem;border-radius:6px;margin:.3rem 0;
   line-height:1.4}
-pre.console{white-space:pre;overflow:auto;overflow-wrap:normal;max-height:28rem}
+pre code{font-size:inherit}
+pre.console{white-space:pre;overflow:auto;overflow-wrap:normal;max-height:28rem;display:flex;flex-direction:column-reverse}
 :focus-visible{outline:3px solid var(--link);outline-offset:2px}
 .skip{position:absolute;left:-100rem}.skip:focus{position:static}
 .answer{font-size:clamp(1.35rem,4.5vw,2.1rem);line-height:1.25;font-weight:700;margin:.35rem 0 .9rem;text-wrap:balance}
@@ -76,7 +77,7 @@ nav a{display:block;padding:.4rem .75rem;border:1px solid var(--line);border-rad
 .missing{background:var(--missing);color:var(--missing-ink)}.error{background:var(--error);color:var(--error-ink)}
 .surprise{background:var(--surprise);color:var(--surprise-ink)}.failed{background:var(--failed);color:var(--failed-ink)}
 .group{border:1px solid var(--line);border-radius:8px;margin:0 0 1rem;padding:.8rem 1rem}
-.group.bad{border-left:6px solid var(--failed)}
+.group.bad{border-left:6px solid var(--failed)}.group.surprised{border-left:6px solid var(--surprise-ink)}
 .group>p{margin:.3rem 0 .5rem}
 .drill{border-top:1px solid var(--line)}
 .drill[open]{padding-bottom:.75rem}
@@ -90,13 +91,14 @@ summary{cursor:pointer;padding:.5rem 0;min-height:2.75rem}
 table{border-collapse:collapse;font-size:.875rem;width:100%}
 caption{text-align:left;color:var(--soft);padding:0 0 .5rem;caption-side:top}
 td,th{text-align:left;padding:.3rem .7rem .3rem .3rem;vertical-align:middle;border-bottom:1px solid var(--line);font-weight:400}
-thead th{font-weight:600;color:var(--soft);vertical-align:bottom}
+thead th{white-space:nowrap;font-weight:600;color:var(--soft);vertical-align:bottom}
 th[scope=rowgroup],th[scope=colgroup]{font-weight:700;color:var(--text)}
 th[scope=rowgroup]{padding-top:1rem}
 .n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-.cell{padding:2px}
-.cell a{display:flex;flex-wrap:wrap;gap:0 .5rem;align-items:baseline;justify-content:space-between;padding:.3rem .5rem;
-  border-radius:5px;text-decoration:none;font-weight:600;min-height:2rem}
+.matrix th[scope=row]{padding-top:.1rem;padding-bottom:.1rem}
+.cell{padding:1px 2px}
+.cell a{display:flex;flex-wrap:wrap;gap:0 .5rem;align-items:baseline;justify-content:space-between;padding:.1rem .5rem;
+  border-radius:5px;text-decoration:none;font-weight:600;min-height:1.6rem}
 .cell a:hover{text-decoration:underline}
 .cell small{font-weight:400;font-size:.78rem;white-space:nowrap}
 .strip{width:100%;min-width:11rem;height:1.5rem;display:block}
@@ -119,6 +121,7 @@ th[scope=rowgroup]{padding-top:1rem}
 .filter input,.filter select,.copy{font:inherit;color:var(--text);background:var(--page);border:1px solid var(--soft);
   border-radius:6px;padding:.4rem .6rem;min-height:2.75rem;width:100%}
 .filter output{flex:1 1 8rem;padding:.6rem 0;font-size:.9rem}
+.again{display:flex;gap:.5rem;align-items:center}.again pre{flex:1;min-width:0}
 .copy{width:auto;cursor:pointer;font-size:.85rem;min-height:2.25rem;padding:.2rem .8rem}
 .list td{vertical-align:top}
 .list details summary{padding:0;min-height:1.5rem;color:var(--link);font-size:.85rem}
@@ -126,25 +129,32 @@ th[scope=rowgroup]{padding-top:1rem}
 .told{display:block;color:var(--soft);font-size:.85rem}
 footer{margin-top:3rem;color:var(--soft);font-size:.85rem;border-top:1px solid var(--line);padding-top:.75rem}
 @media(max-width:44rem){body{padding:.75rem .75rem 2rem}td,th{padding:.25rem .4rem .25rem .2rem}table{font-size:.8125rem}
-  .wide{display:none}.inside{padding-left:0}.group{padding:.7rem}.about{grid-template-columns:1fr}.about dd{margin:0 0 .3rem}
-  .cell a{padding:.3rem .35rem}.strip{min-width:7rem}
-  .list,.list tbody,.list tr,.list td{display:block}.list thead{display:none}.list tr{border-bottom:1px solid var(--line);
-    padding:.5rem .1rem}.list td{border:0;padding:.05rem .2rem}.list td.n{text-align:left;display:inline-block;
-    color:var(--soft)}}
+  .wide,.matrix thead .dot{display:none}.inside{padding-left:0}.group{padding:.7rem}.about{grid-template-columns:1fr}
+  .about dd{margin:0 0 .3rem}.matrix{font-size:.75rem}.matrix td,.matrix th{padding-left:0;padding-right:.25rem}
+  .matrix .cell{padding:1px 0 1px 2px}.cell a{padding:.2rem .25rem;min-height:2.2rem}.cell small{font-size:.7rem}
+  .times th,.times td{padding:.25rem .25rem .25rem 0}.strip{min-width:4.5rem}
+  .list,.list tbody{display:block}.list thead{display:none}
+  .matrix thead th{white-space:normal}
+  .list tr{display:flex;flex-wrap:wrap;gap:.1rem .6rem;align-items:center;padding:.5rem .1rem;
+    border-bottom:1px solid var(--line)}
+  .list tr[hidden]{display:none}.list td{border:0;padding:0}.list td.n{color:var(--soft)}
+  .list td:nth-child(3){order:1;flex-basis:100%}.again{flex-wrap:wrap}.again pre{flex-basis:100%}}
 @media print{@page{margin:14mm}
   :root{color-scheme:light;--page:#fff;--text:#000;--soft:#404040;--line:#b0b0b0;--panel:#f2f2f2;--link:#000;--passed:#dff2e7;
     --passed-ink:#064a2e;--known:#dcebfa;--known-ink:#0c3f6e;--missing:#ececec;--missing-ink:#454545;--error:#f6ecc4;
     --error-ink:#5c4800;--surprise:#fbe3d0;--surprise-ink:#7a3200;--failed:#b3261e;--failed-ink:#fff;--zero:#a64800;
     --reserved:#005faf;--rest:#0a7d78;--idle:#767676}
   *{print-color-adjust:exact;-webkit-print-color-adjust:exact}
-  body{max-width:none;padding:0;font-size:10pt}nav,.filter,.copy,.skip{display:none!important}
+  body{max-width:none;padding:0;font-size:9.5pt}nav,.filter,.copy,.skip{display:none!important}
   details::details-content{content-visibility:visible!important;display:block!important}
   .list details::details-content{display:none!important;content-visibility:hidden!important}.list details{display:none}
   .scroll{overflow:visible}.map{min-width:0}.strip{min-width:0}
-  table{font-size:8pt}thead{display:table-header-group}tr,.measures,figure,svg,h3,.about{break-inside:avoid}
+  table{font-size:8pt}thead{display:table-header-group}tr,.measures,.share,.maps,svg,h3,summary,.about,.again{break-inside:avoid}
   h2,h3,h4,summary,caption,th[scope=rowgroup]{break-after:avoid}
-  pre.console{white-space:pre-wrap;overflow:visible;overflow-wrap:anywhere;max-height:none;font-size:7pt}
-  .group{break-inside:auto}.list tr[hidden]{display:table-row}a{text-decoration:none}}
+  pre.console{display:block;white-space:pre-wrap;overflow:visible;overflow-wrap:anywhere;max-height:none;font-size:7pt;
+    box-decoration-break:clone;-webkit-box-decoration-break:clone}
+  .group{break-inside:auto}.list tr[hidden]{display:table-row}
+  a{text-decoration:none}.answer{font-size:18pt}pre,code{font-size:8pt}}
 """
 
 _SCRIPT = """
@@ -159,7 +169,7 @@ _SCRIPT = """
         button.textContent = 'Copied';
       } catch {
         getSelection().selectAllChildren(code);
-        button.textContent = 'Selected: press Ctrl+C';
+        button.textContent = 'Selected';
       }
       setTimeout(() => { button.textContent = 'Copy'; }, 2500);
     });
@@ -283,23 +293,22 @@ class _Page:
 
     def _group(self, group: Failures) -> list[str]:
         count, (_, one, many) = len(group.drills), STANDINGS[group.standing]
-        bad = " bad" if group.standing in ("failed", "surprise") else ""
+        bad = {"failed": " bad", "surprise": " surprised"}.get(group.standing, "")
         parts = [
             f'<article class="group{bad}"><h3><span class="badge {group.standing}">{one if count == 1 else many}</span> '
             f"{count} drill{'s' * (count != 1)}</h3><p>{escaped(group.why)}</p>"
         ]
         for drill in group.drills:
-            parts += self._failure(drill)
+            parts += self._failure(drill, group)
         return [*parts, "</article>"]
 
-    def _failure(self, drill: Drill) -> list[str]:
+    def _failure(self, drill: Drill, group: Failures) -> list[str]:
         result, evidence = drill.result, self._campaign.evidence.get(drill.number)
         assert result is not None, "what was not run is in no group"
         about = [
-            ("why", result.reason),
+            ("why", result.reason if group.varied else ""),
             ("stage", result.stage),
             ("likely", evidence.likely if evidence and result.verdict != "PASS" else ""),
-            ("known", drill.known),
             ("took", f"{result.seconds:.1f} s: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.stages)),
             ("kernel", result.release),
             (
@@ -314,7 +323,7 @@ class _Page:
             '<div class="inside"><dl class="about">',
             *(f"<dt>{name}</dt><dd>{escaped(value)}</dd>" for name, value in about if value),
             "</dl><h4>Drill it again</h4>",
-            f'<pre class="command">{escaped(drill.command)}</pre>',
+            _command(drill),
         ]
         if result.verdict != "PASS" and evidence is not None:
             parts += self._console(evidence.console)
@@ -326,7 +335,9 @@ class _Page:
         if not lines:
             return ["<h4>Console</h4><p>Nothing was kept.</p>"]
         text = "\n".join(escaped(line) for line in lines)
-        return [f'<h4>Console, its last lines</h4><pre class="console" tabindex="0" aria-label="Console">{text}</pre>']
+        return [
+            f'<h4>Console, its last lines</h4><pre class="console" tabindex="0" aria-label="Console"><code>{text}</code></pre>'
+        ]
 
     def _memory(self, drill: Drill) -> list[str]:
         evidence, result = self._campaign.evidence[drill.number], drill.result
@@ -390,10 +401,8 @@ class _Page:
             "</tbody></table></div>",
         ]
         if campaign.pair:
-            first = campaign.pair[0]
-            parts.append(
-                f"<p>Where K2 runs, and where K1's memory lies then, in drill {escaped(first.title)}, and its twin:</p>"
-            )
+            numbers, same = " and ".join(str(drill.number) for drill in campaign.pair), campaign.pair[0].title
+            parts.append(f"<p>Where K2 runs and where K1's memory lies then, in drills {numbers} ({escaped(same)}):</p>")
             for drill in campaign.pair:
                 evidence = campaign.evidence.get(drill.number)
                 parts.append(f"<h3>{escaped(drill.placement)}</h3>")
@@ -401,6 +410,10 @@ class _Page:
         if self._maps:
             parts += _key()
         return parts
+
+
+def _command(drill: Drill) -> str:
+    return f'<div class="again"><pre class="command">{escaped(drill.command)}</pre></div>'
 
 
 def _own(placement: str) -> str:
@@ -449,9 +462,7 @@ def _matrix(table: Table, what: str) -> list[str]:
         )
     names = "".join(f'<th scope="col">{escaped(name)}</th>' for name in heads)
     places = "".join(f'<th scope="col"><i class="dot {_own(p)}"></i>{escaped(p)}</th>' for _, p in table.columns)
-    parts.append(f"<tr>{names}{places}</tr></thead>")
-    if not grouped:
-        parts.append("<tbody>")
+    parts.append(f"<tr>{names}{places}</tr></thead><tbody>")
     before = None
     for row in table.rows:
         if grouped and row.heads[0] != before:
@@ -466,9 +477,9 @@ def _matrix(table: Table, what: str) -> list[str]:
                 }
             )
             more = f' <small class="soft">{escaped(", ".join(releases))}</small>' if table.heads[0].startswith("K1") else ""
-            parts.append(
-                f'<tbody><tr><th scope="rowgroup" colspan="{len(heads) + len(table.columns)}">{escaped(before)}{more}</th></tr>'
-            )
+            parts.append("</tbody><tbody>" if row is not table.rows[0] else "")
+            wide = len(heads) + len(table.columns)
+            parts.append(f'<tr><th scope="rowgroup" colspan="{wide}">{escaped(before)}{more}</th></tr>')
         names = "".join(f'<th scope="row">{escaped(name)}</th>' for name in (row.heads[1:] if grouped else row.heads))
         parts.append(f"<tr>{names}{''.join(map(_cell, row.cells))}</tr>")
     return [*parts, "</tbody></table></div>"]
@@ -588,7 +599,7 @@ def _list(campaign: Campaign) -> list[str]:
         number = f'<a href="#drill-{drill.number}">{drill.number}</a>' if told else str(drill.number)
         more = "".join(f'<span class="told">{escaped(each)}</span>' for each in (result.told if result else ()))
         if not told:
-            more += f'<details><summary>command</summary><pre class="command">{escaped(drill.command)}</pre></details>'
+            more += f"<details><summary>command</summary>{_command(drill)}</details>"
         compared = format_size(result.compared) if result and result.compared else ""
         parts.append(
             f'<tr{here} data-standing="{drill.standing}"><td class="n">{number}</td><td><span class="badge {drill.standing}">'

@@ -38,7 +38,7 @@ def draw_campaign(campaign: Campaign, colour: bool = False, width: int = 80) -> 
     if campaign.fault_rows.rows:
         lines += ["", _title("faults", colour), *_table(campaign.fault_rows, colour, width)]
     if campaign.totals:
-        lines += ["", _title("seconds of the drills that passed", colour), *_times(campaign)]
+        lines += ["", _title("seconds of drills that passed", colour), *_times(campaign)]
     if campaign.sizes:
         lines += ["", _title("smallest reservations found", colour)]
         for size in campaign.sizes:
