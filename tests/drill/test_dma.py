@@ -12,7 +12,7 @@ from crashkernel.placement.plan import LoadPlan
 def drill(tmp_path, placement, regions, *options):
     results = tmp_path / "results.json"
     done = subprocess.run(
-        [*COMMAND, "drill", "--placement", placement, "--dma", regions, *options, "--json", str(results)],
+        [*COMMAND, "drill", "--placement", placement, "--fault", f"dma:{regions}", *options, "--json", str(results)],
         capture_output=True,
         text=True,
         timeout=600,
@@ -44,7 +44,7 @@ def test_a_driver_s_buffers_in_freed_init_ruin_k2_at_zero(tmp_path):
 
 
 def test_the_same_buffers_are_harmless_where_k2_runs_in_its_region(tmp_path):
-    result, output = drill(tmp_path, "reserved", "init,slack")
+    result, output = drill(tmp_path, "reserved", "init+slack")
     assert result["verdict"] == "PASS", output
     init, _ = result["dma"]["regions"]
     # behind its image K1 may have eight free pages to give out, or none: that is luck
@@ -57,7 +57,7 @@ def test_the_same_buffers_are_harmless_where_k2_runs_in_its_region(tmp_path):
 
 
 def test_with_the_quarantine_no_such_buffer_can_be_had_and_the_same_load_does_no_harm(tmp_path):
-    result, output = drill(tmp_path, "zero", "init,slack")
+    result, output = drill(tmp_path, "zero", "init+slack")
     assert [region["targets"] for region in result["dma"]["regions"]] == [[], []], output
     plan = LoadPlan.from_json(json.dumps(result["plan"]))
     assert result["dma"]["pages_looked_at"] * result["dma"]["page_size"] > plan.k1_memory.total // 2

@@ -28,13 +28,14 @@ def drill(tmp_path, *options):
 )
 def test_a_flipped_bit_is_told_and_k2_is_not_entered(tmp_path, machine, placement, content, policy, last):
     done, result = drill(
-        tmp_path, "--machine", machine, "--placement", placement, "--flip", content, "--on-damage", policy
+        tmp_path, "--machine", machine, "--placement", placement, "--fault", f"flip:{content}", "--on-damage", policy
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert result["verdict"] == "PASS"
-    assert result["flipped"] == content
-    assert result["told"].endswith(last)
-    assert result["told"] in done.stdout
+    (fault,) = result["faults"]
+    assert (fault["word"], fault["expects"]) == (f"flip:{content}", "told")
+    assert fault["told"].endswith(last)
+    assert fault["told"] in done.stdout
     assert result["k1_bytes"] == 0, "there is no dump"
     console = (tmp_path / placement / "console.log").read_text(errors="replace")
     assert "crashkernel: K1 is dead, its purgatory is whole\n" in console.replace("\r", "")

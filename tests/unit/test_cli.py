@@ -506,7 +506,7 @@ class TestDrill:
             (["--capture", "32"], "a dump level is 0 to 31"),
             (["--capture-codec", "lzo"], "add --capture LEVEL"),
             (["--capture-to", "network"], "add --capture LEVEL"),
-            (["--capture", "31", "--flip", "kernel"], "there is no dump to capture"),
+            (["--capture", "31", "--fault", "flip:kernel"], "there is no dump to capture"),
         ],
     )
     def test_a_request_that_makes_no_sense(self, capsys, arguments, says):

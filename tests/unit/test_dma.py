@@ -27,12 +27,12 @@ from crashkernel.drill.dma import (
     report_lines,
     writes,
 )
+from crashkernel.drill.faults import Ending, parse_fault
 from crashkernel.drill.guest_driver import ELSEWHERE, Buffer, Holding, parse_wanted, take_all
+from crashkernel.drill.ram import places
 from crashkernel.drill.record import dma_record, evidence_json, judge_kept, outcome_record
 from crashkernel.drill.request import DrillRequest, Supplies
 from crashkernel.drill.scenario import Outcome, Scenario
-from crashkernel.drill.scenario import _effect as effect_of
-from crashkernel.drill.scenario import _places as places
 from crashkernel.drill.verdict import Verdict, judge
 from crashkernel.errors import StageFailed, UsageError
 from crashkernel.machine import HEAD_SIZE, Region
@@ -412,52 +412,48 @@ class TestEffect:
     dead = "[   10.000000] Kernel panic - not syncing: sysrq triggered crash\n"
     entered = "crashkernel: 12/12 enter K2 at 0x0\n"
 
-    def effect(self, tmp_path, console, failure=None, into_k2=0, **verdict):
-        kernel = Kernel("test", "6.1", None, None)
-        dma = Dma(("init",))
-        report = DmaReport(dma, writes_into_k2=into_k2)
-        outcome = Outcome(Scenario(DrillRequest(), Supplies(kernel, kernel, None), dma=dma), failure=failure, dma=report)
-        if verdict:
-            outcome.verdict = Verdict(**verdict)
-        (tmp_path / "console.log").write_text(console)
-        return effect_of(outcome, tmp_path / "console.log")
+    def effect(self, console, failure=None, into_k2=0, **verdict):
+        fault = parse_fault("dma:init")
+        fault.report.writes_into_k2 = into_k2
+        ending = Ending(console, {}, verdict=Verdict(**verdict) if verdict else None, failure=failure)
+        assert not fault.conclude(ending), "a device excuses nothing"
+        assert fault.told == fault.report.effect
+        return fault.told
 
-    def test_the_purgatory_found_it(self, tmp_path):
+    def test_the_purgatory_found_it(self):
         told = "crashkernel: 9/12 check 0x1000-0x2000: kernel DAMAGED, rebooting"
         failure = StageFailed("handover", told)
-        assert self.effect(tmp_path, self.started + self.dead + told + "\r\n", failure).endswith(f"did not enter K2: {told}")
+        assert self.effect(self.started + self.dead + told + "\n", failure).endswith(f"did not enter K2: {told}")
 
-    def test_k2_complained(self, tmp_path):
+    def test_k2_complained(self):
         oops = "[    1.000000] BUG: Unable to handle kernel data access"
         console = f"{self.started}{self.dead}{self.entered}{self.started}{oops}\n[    2.0] Kernel panic - not syncing: x\n"
-        said = self.effect(tmp_path, console, StageFailed("K2 boot", "Kernel panic - not syncing: x"))
+        said = self.effect(console, StageFailed("K2 boot", "Kernel panic - not syncing: x"))
         assert said == f"K2 did not come up; its first complaint: {oops}"
 
-    def test_k2_said_nothing_and_k1_s_panic_is_not_its(self, tmp_path):
+    def test_k2_said_nothing_and_k1_s_panic_is_not_its(self):
         failure = StageFailed("K2 boot", "K2 printed nothing for 60 s")
-        said = self.effect(tmp_path, self.started + self.dead + self.entered, failure)
+        said = self.effect(self.started + self.dead + self.entered, failure)
         assert said == "K2 did not come up: K2 printed nothing for 60 s"
 
-    def test_k2_could_not_save(self, tmp_path):
+    def test_k2_could_not_save(self):
         console = self.started + self.dead + self.entered + self.started
-        assert self.effect(tmp_path, console, StageFailed("capture", "silence")) == "K2 could not save the dump: silence"
+        assert self.effect(console, StageFailed("capture", "silence")) == "K2 could not save the dump: silence"
 
-    def test_k1_s_failure_is_none_of_the_device_s(self, tmp_path):
-        assert self.effect(tmp_path, self.started, StageFailed("load", "no")).startswith(
-            "nothing: the drill did not get so far"
-        )
+    def test_k1_s_failure_is_none_of_the_device_s(self):
+        assert self.effect(self.started, StageFailed("load", "no")).startswith("nothing: the drill did not get so far")
 
-    def test_wrong_bytes(self, tmp_path):
-        assert self.effect(tmp_path, self.started, bytes_wrong=1234).startswith("1,234 bytes are wrong outside")
+    def test_wrong_bytes(self):
+        assert self.effect(self.started, bytes_wrong=1234).startswith("1,234 bytes are wrong outside")
 
-    def test_a_dump_that_is_not_whole(self, tmp_path):
-        assert "not whole" in self.effect(tmp_path, self.started, bytes_missing=4)
+    def test_a_dump_that_is_not_whole(self):
+        assert "not whole" in self.effect(self.started, bytes_missing=4)
 
-    def test_none(self, tmp_path):
+    def test_none(self):
         good = {"k1_bytes": 4, "bytes_compared": 4, "bytes_in_device_buffers": 9}
         marks = dict.fromkeys(("first_256_bytes_ok", "nonce_found", "panic_found", "registers_ok"), True)
-        assert self.effect(tmp_path, self.started, **good, **marks) == "none outside of the device's own buffers"
-        assert "by luck" in self.effect(tmp_path, self.started, into_k2=7, **good, **marks)
+        assert self.effect(self.started, **good, **marks) == "none outside of the device's own buffers"
+        assert "by luck" in self.effect(self.started, into_k2=7, **good, **marks)
 
 
 def test_where_the_log_has_the_panic(tmp_path):
@@ -552,24 +548,29 @@ class TestDriver:
 
 class TestOptions:
     @pytest.mark.parametrize(
-        ("arguments", "says"),
+        ("word", "says"),
         [
-            (["--dma", "foo"], "--dma 'foo': no such region"),
-            (["--dma", "init,foo"], "--dma 'foo': no such region"),
-            (["--dma", ","], "--dma names no region"),
-            (["--dma", "init", "--dma-rate", "0"], "--dma-rate 0"),
-            (["--dma", "init", "--dma-rate", "-5"], "--dma-rate -5"),
-            (["--dma", "init", "--flip", "kernel"], "--dma and --flip"),
-            (["--dma-rate", "5"], "add --dma REGION"),
-            (["--dma-when", "k2"], "add --dma REGION"),
-            (["--seed", "1"], "add --dma REGION"),
+            ("dma", "fault dma needs an argument"),
+            ("dma:foo", "'foo' is no region"),
+            ("dma:init+foo", "'foo' is no region"),
+            ("dma:+", "fault dma names no region"),
+            ("dma:init,rate=0", "rate=0"),
+            ("dma:init,rate=-5", "rate=-5"),
+            ("dma:init,rate=", "rate="),
+            ("dma:init,when=never", "when=never"),
+            ("dma:init,data", "'data' is not understood"),
+            ("dma:init,rate=1,rate=2", "'rate=2' is not understood"),
         ],
     )
-    def test_a_request_that_makes_no_sense(self, capsys, arguments, says):
-        assert main(["drill", *arguments]) == 2
+    def test_a_word_that_makes_no_sense(self, capsys, word, says):
+        assert main(["drill", "--fault", word]) == 2
         error = capsys.readouterr().err
         assert says in error
         assert error.count("\n") == 1
+
+    def test_all_that_a_word_can_say(self):
+        dma = parse_fault("dma:init+data+init,rate=20,when=k2", seed=7).dma
+        assert dma == Dma(("init", "data"), rate=20, when="k2", seed=7)
 
     def test_the_regions_are_named_to_who_named_none(self):
         with pytest.raises(UsageError) as caught:

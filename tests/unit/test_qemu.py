@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from crashkernel.drill.guest import PORT_NAME
-from crashkernel.drill.qemu import Wiring, qemu_command
+from crashkernel.drill.qemu import Hardware, Wiring, qemu_command
 from crashkernel.drill.twin import MACHINES, Twin
 from crashkernel.errors import UsageError
 
@@ -70,7 +70,7 @@ class TestCommand:
     def test_a_network_card_only_when_the_dump_goes_over_it(self, machine):
         twin = Twin(machine=machine, cpu="POWER10" if machine == "powernv10" else "POWER9")
         assert "-netdev" not in command(twin)
-        arguments = command(twin, network=True)
+        arguments = command(twin, hardware=Hardware(network=True))
         assert value(arguments, "-netdev") == "user,id=net"
         (card,) = [each for each in values(arguments, "-device") if each.startswith("virtio-net-pci,netdev=net")]
         places = [each.partition("addr=")[2].partition(",")[0] for each in values(arguments, "-device") if "addr=" in each]

@@ -243,7 +243,7 @@ async def _crash(recipe: Recipe, command: list[str], wiring: Wiring, progress: P
             await asyncio.sleep(_BALLOON_PAUSE)
             stage, seconds = "saving the guest's memory", _CAPTURE_DEADLINE
             progress("the guest crashes, and its capture kernel copies /proc/vmcore")
-            machine.panics_expected = 1
+            machine.await_death()
             machine.say("crash")
             async with asyncio.timeout(seconds):
                 while (words := await _messages(machine, stage, silent))[0] != "saved":

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from crashkernel.drill.budget import STAGES_VARIABLE
 from crashkernel.drill.dma import report_lines
+from crashkernel.drill.faults.damage import RogueDma
 from crashkernel.errors import EnvironmentFault, UsageError
 from crashkernel.memory import format_size
 
@@ -24,8 +25,12 @@ if TYPE_CHECKING:
 
     from crashkernel.drill.dma import DmaReport
     from crashkernel.drill.saving import Footprint
-    from crashkernel.drill.scenario import Outcome, Stage
+    from crashkernel.drill.scenario import Outcome
+    from crashkernel.drill.stages import Stage
     from crashkernel.drill.verdict import Verdict
+
+
+_EXPECTED = {"dump": "a dump that is right all the same", "told": "clear words, where no whole dump can be"}
 
 
 def require_extra(*names: str) -> None:
@@ -108,15 +113,16 @@ class Display:
                 self.line(f"  likely cause: {failure.hint}")
             for text in failure.console[-12:]:
                 self.line(f"  console | {text}", style="dim")
-        if outcome.told is not None:
-            self.line(f"  a bit of the {outcome.scenario.flip} was flipped; the purgatory said")
-            self.line(f"  console | {outcome.told}", style="dim")
+        for fault in outcome.faults:
+            self.line(f"  fault {fault.word}: {fault.title}; expected: {_EXPECTED[fault.expects]}")
+            self.line(f"  seen: {fault.told}" if fault.told else "  seen: nothing of what was expected")
         if outcome.verdict is not None:
             self.verdict(outcome.verdict)
         if outcome.footprint.total:
             self.footprint(outcome.footprint)
-        if outcome.dma is not None:
-            self.dma(outcome.dma)
+        for fault in outcome.faults:
+            if isinstance(fault, RogueDma):
+                self.dma(fault.report)
         if outcome.dump is not None:
             self.line(f"  kept in {outcome.dump.parent}")
 

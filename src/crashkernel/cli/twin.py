@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from crashkernel.cli.command import add_command, write
 from crashkernel.cli.display import Display, require_extra, require_writable, terminable
-from crashkernel.drill.dma import REGIONS, WHENS, Dma
+from crashkernel.drill.faults import fault_lines
 from crashkernel.drill.request import DEFAULT_KERNEL, DrillRequest, Supplies, fetch
 from crashkernel.drill.saving import CODECS, DESTINATIONS
 from crashkernel.drill.twin import CPUS, MACHINES, MMUS
@@ -30,9 +30,11 @@ _DRILL_EPILOG = """examples:
   crashkernel drill --kernel ./vmlinux              your own kernel; modules in ../lib/modules/RELEASE
   crashkernel drill --kernel debian:bookworm --capture-kernel debian:sid    a newer K2
   crashkernel drill --cpu POWER8 --smp 2 --memory 4G --crashkernel 256M@128M
-  crashkernel drill --flip initrd                   is a damaged initramfs noticed at the panic?
-  crashkernel drill --dma init,data                 and if a device goes on writing when K1 is dead?
-  crashkernel drill --dma init --no-quarantine      the same, into pages that a load takes away from K1
+  crashkernel drill --fault flip:initrd             is a damaged initramfs noticed at the panic?
+  crashkernel drill --fault dma:init+data           and if a device goes on writing when K1 is dead?
+  crashkernel drill --fault dma:init --no-quarantine    the same, into pages that a load takes away from K1
+  crashkernel drill --fault stuck-cpu --fault nmi --smp 2    a CPU hangs, and an administrator asks for a dump
+  crashkernel drill --fault disk-failing --capture 31    and the dump goes elsewhere
   crashkernel drill --capture 31                    K2 runs `crashkernel capture` in place of a raw copy
   crashkernel drill --capture 31 --capture-to network --crashkernel 256M
   crashkernel drill --judge out                     judge a kept drill once more
@@ -41,17 +43,18 @@ A drill boots K1 in QEMU, loads K2 with `crashkernel load`, crashes K1, stops th
 first instruction to copy its memory from outside, lets K2 save /proc/vmcore, and compares every byte of
 K1's memory. The first run downloads Debian packages (about 60 MB a kernel) and keeps them.
 
-With --dma the host writes into the twin's memory like a device that nobody stopped, into K1's
-  text, data    some pages of K1's static image          image     K2's image where it waits
-  init, slack   pages that K1 gave out to a driver,      reserved  anywhere in the reserved region
-                of its freed init, behind its image      memory    pages of K1 anywhere
-What differs in the device's own buffers is counted apart; all else must be right.
+Faults for --fault, of each kind one at a time:
+@FAULTS@
+Most must end in a dump that is right all the same, some in clear words that there is none: docs/faults.md.
+With dma the host writes into the twin's memory like a device that nobody stopped: into some pages of K1's static text
+or data, pages that K1 gave out to a driver of its freed init, behind its image (slack) or anywhere (memory), K2's image
+where it waits, or anywhere in the reserved region. What differs in the device's own buffers is counted apart.
 
 With --capture each page of K1's memory must be in the dump with the right bytes, or be of a class that the level
 leaves out: the drill decides that from K1's memory as it was, with none of capture's code.
 
 exit status: 0 every drill passed, 1 one failed, 2 usage, 3 this machine lacks something
-"""
+""".replace("@FAULTS@", "\n".join(f"  {line}" for line in fault_lines()))
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -75,18 +78,10 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     _add_twin(drill)
     drill.add_argument("--all-cpus", action="store_true", help="K2 starts every CPU (default: only the one that crashed)")
     drill.add_argument(
-        "--flip",
-        choices=("kernel", "initrd", "fdt", "elfcorehdr", "purgatory"),
-        help="flip one bit, anywhere in this (of the purgatory: in its parameters and tables), once K1 is dead: passes if the "
-        "purgatory says so on the console",
+        "--fault", action="append", metavar="WORD", help="what goes wrong, as below; may be given more than once"
     )
-    drill.add_argument("--on-damage", choices=DAMAGE_POLICIES, help="then, as for `crashkernel load` (default: reboot)")
-    drill.add_argument(
-        "--dma", metavar="REGION,...", help=f"a device goes on writing there when K1 is dead: {', '.join(REGIONS)}"
-    )
-    drill.add_argument("--dma-rate", type=int, metavar="N", help="writes a second (default: 1000)")
-    drill.add_argument("--dma-when", choices=WHENS, help="during the handover, K2's life, or both (default: both)")
-    drill.add_argument("--seed", type=int, metavar="N", help="of the device's targets and writes (default: 0)")
+    drill.add_argument("--seed", type=int, metavar="N", help="of what the faults choose at random (default: 0)")
+    drill.add_argument("--on-damage", choices=DAMAGE_POLICIES, help="as for `crashkernel load` (default: reboot)")
     drill.add_argument("--no-quarantine", action="store_true", help="as for `crashkernel load`")
     drill.add_argument(
         "--capture", type=int, metavar="LEVEL", help="K2 runs `crashkernel capture` at this dump level (default: a raw copy)"
@@ -137,12 +132,17 @@ def add_bench(benches: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     bench.set_defaults(run=_bench)
 
 
-def _add_twin(parser: argparse.ArgumentParser) -> None:
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    """The machine to emulate, all but its reservation."""
     parser.add_argument("--machine", choices=MACHINES, default="pseries", help="default: %(default)s")
     parser.add_argument("--cpu", choices=CPUS, help="default: POWER9, or the machine's own")
     parser.add_argument("--mmu", choices=MMUS, help="default: radix, hash on POWER8")
     parser.add_argument("--smp", type=int, default=1, metavar="N", help="CPUs (default: %(default)s)")
     parser.add_argument("--memory", default="2G", metavar="SIZE", help="default: %(default)s")
+
+
+def _add_twin(parser: argparse.ArgumentParser) -> None:
+    add_machine(parser)
     parser.add_argument(
         "--crashkernel",
         default="512M",
@@ -156,13 +156,13 @@ def _drill(arguments: argparse.Namespace) -> int:
         return _judge(arguments.judge)
     placements = PLACEMENTS if arguments.placement == "both" else (arguments.placement,)
     requests = [[_drill_request(arguments, kernel, placement) for placement in placements] for kernel in arguments.kernel]
-    from crashkernel.drill.scenario import Scenario, require_keepable  # noqa: PLC0415
+    from crashkernel.drill.record import require_keepable  # noqa: PLC0415
+    from crashkernel.drill.scenario import Scenario  # noqa: PLC0415
 
     if arguments.json is not None and str(arguments.json) != "-":
         require_writable(arguments.json)
     if arguments.keep is not None:
         require_keepable(arguments.keep)
-    dma = _dma(arguments)
     display = Display(to_stderr=str(arguments.json) == "-")
     outcomes = []
     with terminable():
@@ -173,7 +173,7 @@ def _drill(arguments: argparse.Namespace) -> int:
                 if keep is not None:
                     keep = keep / supplies.k1.name / request.placement if len(requests) > 1 else keep / request.placement
                     require_keepable(keep)
-                scenario = Scenario(request, supplies, keep, flip=arguments.flip, dma=dma)
+                scenario = Scenario(request, supplies, keep)
                 if not number:
                     display.title(_title(scenario))
                 outcomes.append(_run(scenario, display))
@@ -189,8 +189,6 @@ def _title(scenario: Scenario) -> str:
 def _drill_request(arguments: argparse.Namespace, kernel: str, placement: PlacementName) -> DrillRequest:
     if arguments.capture is None and (arguments.capture_codec or arguments.capture_to):
         raise UsageError("--capture-codec and --capture-to say how `crashkernel capture` saves", hint="add --capture LEVEL")
-    if arguments.capture is not None and arguments.flip is not None:
-        raise UsageError("with --flip there is no dump to capture", hint="leave --capture out")
     names = (
         "capture-kernel",
         "initrd",
@@ -200,25 +198,11 @@ def _drill_request(arguments: argparse.Namespace, kernel: str, placement: Placem
         "capture",
         "capture-codec",
         "capture-to",
+        "fault",
         "seed",
     )
     given = {name: getattr(arguments, name.replace("-", "_")) for name in names}
     return _request(arguments, kernel, placement=placement, **given)
-
-
-def _dma(arguments: argparse.Namespace) -> Dma | None:
-    given = {
-        name: value
-        for name, value in (("rate", arguments.dma_rate), ("when", arguments.dma_when), ("seed", arguments.seed))
-        if value is not None
-    }
-    if arguments.dma is None:
-        if given:
-            raise UsageError("--dma-rate, --dma-when and --seed say how a device writes, not where", hint="add --dma REGION")
-        return None
-    if arguments.flip is not None:
-        raise UsageError("--dma and --flip both damage memory: what was seen would tell of neither", hint="give one of them")
-    return Dma(tuple(dict.fromkeys(name.strip() for name in arguments.dma.split(",") if name.strip())), **given)
 
 
 def _describe_twin(arguments: argparse.Namespace) -> int:

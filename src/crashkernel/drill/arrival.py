@@ -22,6 +22,8 @@ LOG, MANIFEST = "vmcore-dmesg.txt", "vmcore.manifest.json"
 """Names of what lies beside a dump, in a kept drill too."""
 
 _DUMP = "dump"  # beside QEMU's `disk`
+_RECEIVED = "received"  # what the receiver stores, likewise
+_DISK = "/dev/vda"  # in K2
 _CHUNK = 16 << 20
 
 BLANK = 1 << 20
@@ -48,19 +50,36 @@ class Arrival:
 
 
 @contextlib.asynccontextmanager
-async def arrival(saving: Saving, disk: Path, directory: Path) -> AsyncIterator[Arrival]:
+async def arrival(saving: Saving, disk: Path, directory: Path, *, fallback: bool = False) -> AsyncIterator[Arrival]:
     """Make ready for a dump; `disk` is K2's. What is collected lies in `directory`.
+
+    With a `fallback` K2 is told of both the disk and the network, that which `saving` names first, and the dump must come to
+    the other.
 
     :raise EnvironmentFault: the receiver does not start.
     """
-    if saving.to == "disk":
-        yield Arrival(saving.arguments("/dev/vda"), "", lambda: from_disk(disk, directory))
+    if saving.to == "disk" and not fallback:
+        yield Arrival(saving.arguments(_DISK), "", lambda: from_disk(disk, directory))
         return
     token = secrets.token_hex(32)
-    received = directory / "received"
+    received = directory / _RECEIVED
     async with _receiver(received, token) as port:
-        arguments = (*saving.arguments(f"http://{_HOST}:{port}/"), f"--token-file={_SHOWN}")
-        yield Arrival(arguments, token, lambda: from_receiver(received, directory))
+        network = f"http://{_HOST}:{port}/"
+        targets = [network] if not fallback else [network, _DISK] if saving.to == "network" else [_DISK, network]
+        arguments = (*saving.arguments(*targets), f"--token-file={_SHOWN}")
+        if targets[-1] == network:
+            yield Arrival(arguments, token, lambda: from_receiver(received, directory))
+        else:
+            yield Arrival(arguments, token, lambda: from_disk(disk, directory))
+
+
+def whole_dumps(disk: Path, directory: Path) -> list[str]:
+    """What says of itself that it is a whole dump, on K2's disk and among what was received."""
+    with disk.open("rb") as file:
+        magic, version, state, *_ = _HEAD.unpack(file.read(_HEAD.size))
+    on_disk = ["K2's disk"] if (magic, version, state) == (_MAGIC, _VERSION, _WHOLE) else []
+    received = directory / _RECEIVED
+    return on_disk + sorted(str(path.relative_to(received)) for path in received.rglob("vmcore"))
 
 
 @contextlib.asynccontextmanager

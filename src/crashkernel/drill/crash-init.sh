@@ -13,11 +13,14 @@
 #   buffer NAME RANGE, driving PAGES SIZE
 #                     of the driver: see guest_driver.py
 #   description BYTES exactly BYTES bytes of JSON follow, the machine's description
+#   answer TEXT, did STATUS
+#                     what a command of the host's said, and the status at its end
 #   failed REASON     a number: the loader's exit status; else words. Nothing else follows
 #
 # and the host answers
 #
 #   driver ARGUMENT...  have the driver take its buffers and keep them
+#   do COMMAND          have this shell do something, for a fault; it says `answer ...` if it is asked something
 #   crash               die now
 #
 # What to do is in /etc/crashkernel, written by the image's builder (guest.py):
@@ -148,6 +151,10 @@ while read -r word arguments <&3; do
     crash) break ;;
     # its lines go straight to the host; what it holds it holds until the crash
     driver) ( (driver $arguments >&3) || fail "the driver ended: exit $?") & ;;
+    do)
+        eval "$arguments"
+        say "did $?"
+        ;;
     *) say "log unknown command: $word" ;;
     esac
 done

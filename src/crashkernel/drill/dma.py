@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from crashkernel.drill.guest_driver import ELSEWHERE
 from crashkernel.errors import UsageError
@@ -102,7 +102,7 @@ REGIONS: Mapping[str, DmaRegion] = {
 class Dma:
     """What the device is to do. `rate` in writes per second.
 
-    :raise UsageError: a region nobody knows, none at all, or a rate that is none.
+    :raise UsageError: a region nobody knows, none at all, or a rate or time that is none.
     """
 
     regions: tuple[str, ...]
@@ -114,11 +114,30 @@ class Dma:
         known = ", ".join(REGIONS)
         for name in self.regions:
             if name not in REGIONS:
-                raise UsageError(f"--dma {name!r}: no such region", hint=f"choose of {known}")
+                raise UsageError(f"fault dma: {name!r} is no region", hint=f"choose of {known}")
         if not self.regions:
-            raise UsageError("--dma names no region", hint=f"choose of {known}")
+            raise UsageError("fault dma names no region", hint=f"choose of {known}")
         if not 0 < self.rate <= 1_000_000:
-            raise UsageError(f"--dma-rate {self.rate}: a device writes 1 to 1000000 times a second")
+            raise UsageError(f"fault dma: rate={self.rate}: a device writes 1 to 1000000 times a second")
+        if self.when not in WHENS:
+            raise UsageError(f"fault dma: when={self.when}", hint=f"choose of {', '.join(WHENS)}")
+
+    @classmethod
+    def from_argument(cls, text: str, seed: int) -> Dma:
+        """What a fault's argument says: `REGION+REGION,rate=N,when=WHEN`.
+
+        :raise UsageError: something that none can have.
+        """
+        regions, *options = text.split(",")
+        given: dict[str, Any] = {}
+        for option in options:
+            name, _, value = option.partition("=")
+            if name not in ("rate", "when") or name in given:
+                raise UsageError(f"fault dma: {option!r} is not understood", hint="as dma:init+data,rate=100,when=k2")
+            if name == "rate" and not value.isdecimal():
+                raise UsageError(f"fault dma: {option}: a device writes 1 to 1000000 times a second")
+            given[name] = int(value) if name == "rate" else value
+        return cls(tuple(dict.fromkeys(name for name in regions.split("+") if name)), seed=seed, **given)
 
     @property
     def given_out(self) -> tuple[str, ...]:

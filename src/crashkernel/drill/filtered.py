@@ -283,7 +283,7 @@ class _Judge:
     def _judge_marks(self) -> None:
         truth, verdict = self._truth, self._verdict
         verdict.nonce_found = self._has(truth.nonce.hex().encode())
-        verdict.panic_found = bool(truth.panic) and self._has(truth.panic.encode())
+        verdict.panic_found = self._has(truth.panic.encode()) if truth.panic else not truth.says_why
         if not verdict.nonce_found:
             self._problem("this run's nonce, which K1's log has, is not in the dump: another crash's dump, or memory is lost")
         if not verdict.panic_found:

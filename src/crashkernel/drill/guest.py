@@ -347,12 +347,14 @@ def build_capture_image(
     *,
     capture_args: Sequence[str] = (),
     token: str = "",
+    fault: str = "",
     package: Path | None = None,
 ) -> Path:
     """The capture kernel's root file system, for `kernel`, written to `output`.
 
     It copies ``/proc/vmcore`` to its disk as it is; with `capture_args` it runs ``crashkernel capture`` with these instead. A
-    `token` is what the receiver of a dump that goes over the network wants to be shown. `package` is the directory of the
+    `token` is what the receiver of a dump that goes over the network wants to be shown. `fault` is what its shell does before
+    it saves anything. `package` is the directory of the
     package to run, this one when not given.
 
     :raise UsageError: a line break in an argument.
@@ -368,6 +370,8 @@ def build_capture_image(
         root.file("etc/crashkernel/capture-args", "".join(f"{argument}\n" for argument in capture_args).encode())
         _add_python(root, userland.capture, _CAPTURE_FILES, _CAPTURE_UNUSED, _add_bytecode)
         _add_package(root, package or Path(crashkernel.__file__).parent, ("drill", "bench"), _add_bytecode)
+    if fault:
+        root.file("etc/crashkernel/fault", fault.encode())
     if token:
         root.file("etc/crashkernel/token", token.encode(), 0o600)
     return root.write(output)

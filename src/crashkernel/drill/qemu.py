@@ -20,11 +20,10 @@ from qemu.qmp import QMPClient, QMPError
 from crashkernel.drill.guest import PORT_NAME
 from crashkernel.drill.twin import Twin
 from crashkernel.errors import CrashkernelError, EnvironmentFault
+from crashkernel.memory import Range, align_up
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
-
-    from crashkernel.memory import Range
 
 _T = TypeVar("_T")
 
@@ -33,6 +32,8 @@ CONSOLE_TAIL = 40
 """Lines of console kept for a report of failure."""
 
 _MSR_IR = 0x20  # instruction relocation, Power ISA Book III 4.2.1
+_GENERAL = 32  # general registers
+_KERNEL_STARTS = "] Linux version"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,11 @@ class Wiring:
         return self.directory / "ram"
 
     @property
+    def plugged(self) -> Path:
+        """Memory that is plugged in later."""
+        return self.directory / "plugged"
+
+    @property
     def disk(self) -> Path:
         """The disk K2 writes the dump to."""
         return self.directory / "disk"
@@ -56,8 +62,26 @@ class Wiring:
         return self.directory / f"{name}.sock"
 
 
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """What a twin has beside the machine, and what is wrong with it. Sizes in bytes.
+
+    `disk_rate` is in bytes a second, None for as fast as it goes; whatever is written over the disk's byte `bad_sector` fails.
+    `cpus_to_come` and `memory_to_come` can be plugged in later.
+    """
+
+    network: bool = False  # a card from which the host's loopback is reached
+    disk: bool = True
+    disk_rate: int | None = None
+    bad_sector: int | None = None
+    cpus_to_come: int = 0
+    memory_to_come: int = 0
+    outlives_panic: bool = False  # it runs on when its kernel tells the firmware that it has panicked
+    kernel_options: tuple[str, ...] = ()  # more for K1's command line
+
+
 _PORT = f"virtserialport,chardev=control,name={PORT_NAME}"
-_PSERIES_DEVICES = ("virtio-serial-pci", _PORT, "virtio-blk-pci,drive=disk,num-queues=1")
+_PSERIES_DEVICES = ("virtio-serial-pci", _PORT)
 # One PCI host bridge instead of the default six, each of which K2 resets for three seconds; and a BMC, without which
 # powering off never ends.
 _POWERNV_DEVICES = (
@@ -65,54 +89,95 @@ _POWERNV_DEVICES = (
     "pnv-phb-root-port,bus=phb0,id=pcie.0",
     "virtio-serial-pci,bus=pcie.0,addr=0.0,multifunction=on",
     _PORT,
-    "virtio-blk-pci,drive=disk,bus=pcie.0,addr=0.1,num-queues=1",
     "ipmi-bmc-sim,id=bmc0",
     "isa-ipmi-bt,bmc=bmc0,irq=10",
 )
+_DISK, _NETWORK = "virtio-blk-pci,drive=disk,num-queues=1", "virtio-net-pci,netdev=net,id=card"
+_POWERNV_PLACES = {_DISK: ",bus=pcie.0,addr=0.1", _NETWORK: ",bus=pcie.0,addr=0.2"}
 
-_PSERIES_NETWORK = "virtio-net-pci,netdev=net"
-_POWERNV_NETWORK = "virtio-net-pci,netdev=net,bus=pcie.0,addr=0.2"
+_SECTOR = 512
+_EIO = 5
 
 
 def qemu_command(
-    twin: Twin, kernel: Path, initrd: Path, wiring: Wiring, *, network: bool = False, qemu: str = QEMU
+    twin: Twin, kernel: Path, initrd: Path, wiring: Wiring, hardware: Hardware | None = None, *, qemu: str = QEMU
 ) -> list[str]:
-    """QEMU's arguments for `twin`; with `network` it has a card from which the host's loopback is reached."""
+    """QEMU's arguments for `twin` with `hardware`."""
+    hardware = hardware or Hardware()
     machine: str = twin.machine
     if machine == "pseries":
         # The mitigations that TCG cannot emulate; a guest would only be told that it is vulnerable.
         machine += ",cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-htm=off"
-    devices: tuple[str, ...] = _PSERIES_DEVICES if twin.machine == "pseries" else _POWERNV_DEVICES
-    if network:
-        devices += (_PSERIES_NETWORK if twin.machine == "pseries" else _POWERNV_NETWORK,)
     sockets = [
         argument
         for name in ("console", "control", "qmp")
         for argument in ("-chardev", f"socket,id={name},path={wiring.socket(name)}")
     ]
+    cpus, memory = str(twin.smp), str(twin.memory >> 20)
+    if hardware.cpus_to_come:
+        most = twin.smp + hardware.cpus_to_come
+        cpus += f",maxcpus={most},cores={most},threads=1"
+    if hardware.memory_to_come:
+        memory += f"M,slots=1,maxmem={plug_address(twin) + hardware.memory_to_come >> 20}M"
     return [
         qemu,
         "-machine", f"{machine},memory-backend=ram",
         "-object", f"memory-backend-file,id=ram,size={twin.memory},mem-path={wiring.ram},share=on",
-        "-cpu", twin.cpu, "-smp", str(twin.smp), "-m", str(twin.memory >> 20),
+        "-cpu", twin.cpu, "-smp", cpus, "-m", memory,
         "-accel", "tcg,thread=multi",
         "-display", "none", "-vga", "none", "-nodefaults", "-no-reboot",
+        *(("-action", "panic=none") if hardware.outlives_panic else ()),
         *sockets,
         "-chardev", f"socket,id=gdb,path={wiring.socket('gdb')},server=on,wait=off",
         "-gdb", "chardev:gdb",
         "-serial", "chardev:console", "-mon", "chardev=qmp,mode=control",
-        *(("-netdev", "user,id=net") if network else ()),
-        *(argument for device in devices for argument in ("-device", device)),
-        "-blockdev", f"driver=file,node-name=disk,filename={wiring.disk}",
-        "-kernel", str(kernel), "-initrd", str(initrd), "-append", twin.kernel_options,
+        *_storage(hardware, wiring),
+        *(("-netdev", "user,id=net") if hardware.network else ()),
+        *(argument for device in _devices(twin, hardware) for argument in ("-device", device)),
+        "-kernel", str(kernel), "-initrd", str(initrd),
+        "-append", " ".join([twin.kernel_options, *hardware.kernel_options]),
     ]  # fmt: skip
 
 
+def _devices(twin: Twin, hardware: Hardware) -> list[str]:
+    wanted = [*([_DISK] if hardware.disk else []), *([_NETWORK] if hardware.network else [])]
+    if twin.machine == "pseries":
+        return [*_PSERIES_DEVICES, *wanted]
+    return [*_POWERNV_DEVICES, *(device + _POWERNV_PLACES[device] for device in wanted)]
+
+
+def _storage(hardware: Hardware, wiring: Wiring) -> list[str]:
+    """The disk that K2 writes to, and in front of it what makes it slow or fail."""
+    if not hardware.disk:
+        return []
+    node = f"driver=file,filename={wiring.disk}"
+    arguments = []
+    if hardware.bad_sector is not None:
+        arguments += ["-blockdev", f"{node},node-name=file"]
+        rule = {"event": "none", "iotype": "write", "sector": hardware.bad_sector // _SECTOR, "errno": _EIO, "once": "off"}
+        node = "driver=blkdebug,image=file," + ",".join(f"inject-error.0.{name}={value}" for name, value in rule.items())
+    if hardware.disk_rate is not None:
+        arguments += ["-object", f"throttle-group,id=slow,x-bps-write={hardware.disk_rate}"]
+        arguments += ["-blockdev", f"{node},node-name=whole"]
+        node = "driver=throttle,throttle-group=slow,file=whole"
+    return [*arguments, "-blockdev", f"{node},node-name=disk"]
+
+
+def plug_address(twin: Twin) -> int:
+    """Where memory that is plugged into a pseries lies (`spapr_machine_init`, hw/ppc/spapr.c: SPAPR_DEVICE_MEM_ALIGN)."""
+    return align_up(twin.memory, 1 << 30)
+
+
+NIP, MSR = 64, 65
+"""Numbers of registers in the GDB remote protocol (ppc_cpu_gdb_write_register, target/ppc/gdbstub.c)."""
+
+
 class Debugger:
-    """The few words of the GDB remote protocol the drill needs: one breakpoint, go on, go away."""
+    """The few words of the GDB remote protocol the drill needs: breakpoints, go on, another NIP, go away."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
+        self._described = False
 
     async def set_breakpoint(self, address: int) -> None:
         """A hardware breakpoint: QEMU matches it against NIP, so in real mode `address` is physical."""
@@ -131,10 +196,27 @@ class Debugger:
         await self._send("s")
         await self.stopped()
 
-    async def stopped(self) -> None:
-        """Wait until the CPUs stand still."""
-        while not (await self._packet()).startswith(("T", "S")):
+    async def stopped(self) -> int:
+        """Wait until the CPUs stand still; the number of the one that stopped them."""
+        while not (stop := await self._packet()).startswith(("T", "S")):
             pass
+        thread = re.search(r"thread:([0-9a-f]+);", stop)
+        return int(thread[1], 16) - 1 if thread else 0
+
+    async def halted(self) -> None:
+        """Wait until the CPUs stand still for a debugger that has come."""
+        await self._ask("Hg1")
+
+    async def write_register(self, cpu: int, number: int, value: int, *, little_endian: bool) -> None:
+        """Set a 64-bit register of a CPU that stands still; `little_endian` is that CPU's mode."""
+        if not self._described:
+            # QEMU lets nobody write registers who has not read what they are (handle_set_reg, gdbstub.c)
+            await self._send("qXfer:features:read:target.xml:0,fff")
+            while not (await self._packet()).startswith(("l", "m")):
+                pass
+            self._described = True
+        await self._ask(f"Hg{cpu + 1:x}")
+        await self._ask(f"P{number:x}={value.to_bytes(8, 'little' if little_endian else 'big').hex()}")
 
     async def detach(self) -> None:
         """Let the machine run on, undebugged."""
@@ -169,10 +251,12 @@ class RunningTwin:
         self.process = process
         self.wiring = wiring
         self.console: deque[str] = deque(maxlen=CONSOLE_TAIL)
-        self.panics: list[str] = []
-        self.panics_expected = 0
+        self._panics: list[str] = []
+        self._oopses: list[str] = []  # the first line of each
+        self._dying = False
         self._panicked = asyncio.Event()
         self.regions: dict[str, list[Range]] = {}  # what K1's kernel says of its memory
+        self.plugged: Range | None = None  # memory that came while it ran
         self.spoke = asyncio.Event()  # set by each line on the console
         self.on_sound: Callable[[], None] | None = None  # called for each line on the console or the control port
         self._log = log
@@ -232,7 +316,7 @@ class RunningTwin:
         try:
             await asyncio.wait({reading, panic}, return_when=asyncio.FIRST_COMPLETED)
             if not reading.done():
-                raise EOFError(self.panics[-1])
+                raise EOFError(self._panics[-1])
         finally:
             panic.cancel()
             reading.cancel()
@@ -246,6 +330,16 @@ class RunningTwin:
     async def exactly(self, size: int) -> bytes:
         """The next `size` bytes from the control port."""
         return await self._control[0].readexactly(size)
+
+    def await_death(self) -> None:
+        """From now on, and until another kernel starts, this one may panic."""
+        self._dying = True
+
+    def said_dying(self) -> str:
+        """Why the kernel died, in the line of its own without the time: the last panic's, else the last oops's, "" without."""
+        # "[    1.234567] Kernel panic - not syncing: sysrq triggered crash"
+        last = self._panics or self._oopses
+        return last[-1].partition("] ")[2] if last else ""
 
     def say(self, word: str) -> None:
         """A line to the guest."""
@@ -263,18 +357,53 @@ class RunningTwin:
     async def whereabouts(self) -> str:
         """Where each CPU is, for people, as far as QEMU answers."""
         places = []
-        with contextlib.suppress(QMPError):
+        with contextlib.suppress(QMPError, EnvironmentFault):
             places = [f"CPU {number} is at {nip:#x}" for number, (nip, _) in enumerate(await self._standing())]
         return ", ".join(places) or "QEMU does not say where its CPUs are"
 
+    async def registers(self) -> list[dict[str, int]]:
+        """NIP, LR, MSR and the 32 general registers of each CPU, by the names that an NT_PRSTATUS note has for them."""
+        found = []
+        for cpu in range(len(await self._command("query-cpus-fast"))):
+            text = str(await self._command("human-monitor-command", {"command-line": "info registers", "cpu-index": cpu}))
+            special = re.search(r"NIP ([0-9a-f]+) +LR ([0-9a-f]+).*?MSR ([0-9a-f]+)", text, re.DOTALL)
+            general = [int(word, 16) for row in re.findall(r"GPR\d\d((?: [0-9a-f]{16})+)", text) for word in row.split()]
+            if special is None or len(general) != _GENERAL:
+                raise EnvironmentFault(f"QEMU says its registers in a form that is not known: {text[:200]!r}")
+            names = ("nip", "link", "msr", *(f"gpr{number}" for number in range(_GENERAL)))
+            found.append(dict(zip(names, (*(int(word, 16) for word in special.groups()), *general), strict=True)))
+        return found
+
     async def _standing(self) -> list[tuple[int, int]]:
         """NIP and MSR of each CPU, in the order of their numbers."""
-        places = []
-        for cpu in range(len(await self._command("query-cpus-fast"))):
-            text = await self._command("human-monitor-command", {"command-line": "info registers", "cpu-index": cpu})
-            if found := re.search(r"NIP ([0-9a-f]+).*?MSR ([0-9a-f]+)", str(text), re.DOTALL):
-                places.append((int(found[1], 16), int(found[2], 16)))
-        return places
+        return [(registers["nip"], registers["msr"]) for registers in await self.registers()]
+
+    async def inject_nmi(self) -> None:
+        """A system reset of every CPU: an NMI button, in QEMU's word."""
+        await self._command("inject-nmi")
+
+    async def pull_network(self) -> None:
+        """Pull the network's cable."""
+        await self._command("set_link", {"name": "card", "up": False})
+
+    async def plug_cpu(self) -> int:
+        """Plug a CPU into a running pseries; its number."""
+        slots = await self._command("query-hotpluggable-cpus")
+        free = min(
+            (slot for slot in slots if isinstance(slot, dict) and "qom-path" not in slot),
+            key=lambda slot: slot["props"]["core-id"],
+        )
+        number = int(free["props"]["core-id"])
+        await self._command("device_add", {"driver": free["type"], "id": f"core{number}", **free["props"]})
+        return number
+
+    async def plug_memory(self, twin: Twin, size: int) -> Range:
+        """Plug memory into a running pseries; where it lies."""
+        backend = {"qom-type": "memory-backend-file", "id": "plugged", "size": size, "share": True}
+        await self._command("object-add", {**backend, "mem-path": str(self.wiring.plugged)})
+        await self._command("device_add", {"driver": "pc-dimm", "id": "dimm", "memdev": "plugged"})
+        self.plugged = Range.sized(plug_address(twin), size)
+        return self.plugged
 
     async def balloon(self, size: int) -> None:
         """Ask the guest's balloon driver to leave the guest `size` bytes; does not wait."""
@@ -299,10 +428,14 @@ class RunningTwin:
                 self.spoke.set()
                 if self.on_sound:
                     self.on_sound()
+                if "Unable to handle kernel" in line:
+                    self._oopses.append(line)
                 if "Kernel panic - not syncing" in line:
-                    self.panics.append(line)
-                    if len(self.panics) > self.panics_expected:
+                    self._panics.append(line)
+                    if not self._dying:
                         self._panicked.set()
+                if _KERNEL_STARTS in line:
+                    self._dying = False
 
 
 class _Exited(CrashkernelError):

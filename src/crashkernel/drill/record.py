@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shlex
+import tempfile
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from crashkernel.drill.arrival import LOG, MANIFEST
+from crashkernel.drill.faults.damage import RogueDma
 from crashkernel.drill.filtered import SavedDump, judge_filtered
 from crashkernel.drill.guest_driver import ELSEWHERE
 from crashkernel.drill.saving import Saving
+from crashkernel.drill.sparse import copy_sparse
 from crashkernel.drill.verdict import Truth, Verdict, judge
 from crashkernel.errors import FormatError, UsageError
 from crashkernel.machine import Region
@@ -38,9 +41,10 @@ def outcome_record(outcome: Outcome) -> dict[str, Any]:
         "verdict": "PASS" if outcome.passed else "FAIL",
         **verdict_record(verdict),
         "quarantine": not outcome.scenario.request.no_quarantine,
-        "dma": None if outcome.dma is None else dma_record(outcome.dma),
-        "flipped": outcome.scenario.flip,
-        "told": outcome.told,
+        "faults": [
+            {"word": fault.word, "title": fault.title, "expects": fault.expects, "told": fault.told} for fault in outcome.faults
+        ],
+        "dma": next((dma_record(fault.report) for fault in outcome.faults if isinstance(fault, RogueDma)), None),
         "capture": None if outcome.scenario.saving is None else capture_record(outcome.scenario.saving, outcome),
         "failure": None
         if failure is None
@@ -144,10 +148,49 @@ def evidence_json(truth: Truth, saving: Saving | None = None) -> str:
             "firmware": [{"name": region.name, "range": str(region.range)} for region in truth.firmware],
             "device_buffers": [str(each) for each in truth.device_buffers],
             "device_problem": truth.device_problem,
+            "says_why": truth.says_why,
+            "crashed_cpu": truth.crashed_cpu,
+            "registers": [dict(each) for each in truth.registers],
+            "lost_cpus": truth.lost_cpus,
             "capture": None if saving is None else asdict(saving),
         },
         indent=1,
     )
+
+
+def require_keepable(keep: Path) -> None:
+    """Say before a drill, not after it, that its evidence cannot be kept there.
+
+    :raise UsageError: the directory cannot be made or written.
+    """
+    try:
+        keep.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=keep):
+            pass
+    except OSError as error:
+        raise UsageError(f"cannot keep a drill in {keep}: {error.strerror}", hint="choose another --keep") from error
+
+
+def keep_evidence(directory: Path, keep: Path, *, saved: bool, judged: bool) -> Path | None:
+    """Keep the files of the drill that ran in `directory` and no other's; the dump last, and whole or not at all.
+
+    `saved`: by `crashkernel capture`; `judged`: there is a dump. Where that lies then.
+    """
+    dump = "dump" if saved else "disk"
+    files = {dump: DUMP, **{name: name for name in (CONSOLE, PLAN, EVIDENCE, TRUTH, LOG, MANIFEST)}}
+    for kept in files.values():
+        (keep / kept).unlink(missing_ok=True)
+    for name, kept in reversed(files.items()):
+        source = directory / name
+        # a disk that no verdict was reached on holds no dump
+        if source.exists() and (name != dump or judged):
+            try:
+                source.rename(keep / kept)
+            except OSError:  # on another file system
+                temporary = keep / f"{kept}.new"
+                copy_sparse(source, temporary)
+                temporary.replace(keep / kept)
+    return keep / DUMP if (keep / DUMP).exists() else None
 
 
 def judge_kept(directory: Path) -> Verdict:
@@ -166,11 +209,15 @@ def judge_kept(directory: Path) -> Verdict:
             nonce=bytes.fromhex(raw["nonce"]),
             panic=str(raw["panic"]),
             release=str(raw["release"]),
-            crashed_pid=int(raw["crashed_pid"]),
+            crashed_pid=None if raw["crashed_pid"] is None else int(raw["crashed_pid"]),
             cpus=int(raw["cpus"]),
             firmware=tuple(Region(str(r["name"]), _range(r["range"])) for r in raw["firmware"]),
             device_buffers=RangeSet(_range(each) for each in raw["device_buffers"]),
             device_problem=str(raw["device_problem"]),
+            says_why=bool(raw["says_why"]),
+            crashed_cpu=None if raw["crashed_cpu"] is None else int(raw["crashed_cpu"]),
+            registers=tuple({str(name): int(value) for name, value in each.items()} for each in raw["registers"]),
+            lost_cpus=int(raw["lost_cpus"]),
         )
         if raw.get("capture") is None:
             return judge(directory / DUMP, truth, plan)

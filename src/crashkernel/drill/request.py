@@ -11,6 +11,7 @@ import shutil
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, cast
 
+from crashkernel.drill.faults import parse_faults
 from crashkernel.drill.saving import CODECS, DESTINATIONS, Saving
 from crashkernel.drill.twin import CPUS, MACHINES, MMUS, Twin
 from crashkernel.errors import EnvironmentFault, UsageError
@@ -76,7 +77,7 @@ class DrillRequest:
         if given.get("capture") is None and (given.keys() & {"capture_codec", "capture_to"}):
             raise UsageError("capture-codec and capture-to say how `crashkernel capture` saves", hint="add capture = LEVEL")
         request = cls(**given)
-        _ = request.twin, request.saving  # they have rules of their own
+        _ = request.twin, request.saving, parse_faults(request)  # they have rules of their own
         return request
 
     def options(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -56,13 +56,17 @@ class Truth:
     memory_size: int  # bytes
     reserved: Range  # in K1's kernel's words (/proc/device-tree/chosen, linux,crashkernel-base), not the loader's
     nonce: bytes
-    panic: str  # the line K1 printed on its console, without the time stamp
+    panic: str  # the line K1 printed on its console when it died, without the time stamp
     release: str  # uname -r of K1
-    crashed_pid: int
-    cpus: int
+    crashed_pid: int | None  # None: whoever was there
+    cpus: int  # that left their registers
     firmware: tuple[Region, ...]  # what OPAL reserved on bare metal, in K1's kernel's words; a partition's is below it
     device_problem: str = ""  # why a device that went on writing proves nothing, "" if it does or there was none
     device_buffers: RangeSet = RangeSet()  # K1's memory that a device went on writing to, as K1 had told it  # noqa: RUF009
+    says_why: bool = True  # K1 prints a line when it dies; if not, there is none to be looked for
+    crashed_cpu: int | None = None  # the CPU whose registers are the crashed task's, None: any
+    registers: tuple[Mapping[str, int], ...] = ()  # some of a CPU's as the host saw them: each must be in the dump
+    lost_cpus: int = 0  # whose registers nobody could save, and whose hypervisor areas nobody could take back
 
     @property
     def k1_memory(self) -> RangeSet:
@@ -125,7 +129,7 @@ class Verdict:
     exempt: list[Exemption] = field(default_factory=list)
     first_256_bytes_ok: bool = False
     nonce_found: bool = False
-    panic_found: bool = False
+    panic_found: bool = False  # or, of a crash without a word, that there was none to find
     registers_ok: bool = False
     pages: PageCount | None = None  # of a filtered dump
     problems: list[str] = field(default_factory=list)
@@ -249,7 +253,7 @@ def _compare(dump: int, memory: int, pieces: list[_Piece], truth: Truth, plan: L
     verdict.first_256_bytes_ok = head_bytes == HEAD_SIZE
     count_wrong(wrong, plan, verdict)
     verdict.nonce_found = marks.found(truth.nonce, dump)
-    verdict.panic_found = bool(truth.panic) and marks.found(truth.panic.encode(), dump)
+    verdict.panic_found = marks.found(truth.panic.encode(), dump) if truth.panic else not truth.says_why
     if not verdict.nonce_found:
         verdict.problems.append("this run's nonce is not in the dump: it is another crash's dump, or memory is lost")
     if not verdict.panic_found:
@@ -435,23 +439,52 @@ def judge_registers(found: Iterable[Note], byteorder: ByteOrder, truth: Truth, p
             problems.append(f"VMCOREINFO is of kernel {release}, K1 was {truth.release}")
     saved = [note.desc for note in notes if note.type == NT_PRSTATUS]
     tasks = [PrStatus.from_bytes(desc, byteorder) for desc in saved]
-    text = next((region.range for region in plan.k1_layout if region.name == "K1 text"), None)
     if len(saved) != truth.cpus:
         problems.append(f"the dump has the registers of {len(saved)} CPUs, the machine had {truth.cpus}")
     if any(desc not in _note_buffers(truth, plan) for desc in saved):
         problems.append("registers in the dump are not those K1 saved when it died")
-    if not any(
-        task.pid == truth.crashed_pid and (text is None or task.registers["nip"] - _KERNEL_BASE in text) for task in tasks
-    ):
-        problems.append(f"no CPU's registers belong to the task that crashed (pid {truth.crashed_pid})")
+    problems += _judge_crashed(saved, tasks, truth, plan)
     verdict.registers_ok = not problems
     verdict.problems += problems
 
 
+def _judge_crashed(saved: list[bytes], tasks: list[PrStatus], truth: Truth, plan: LoadPlan) -> Iterator[str]:
+    """Whether the registers are those of whoever crashed: what is wrong with them."""
+    text = next((region.range for region in plan.k1_layout if region.name == "K1 text"), None)
+    crashed = [
+        number
+        for number, task in enumerate(tasks)
+        if task.pid == truth.crashed_pid and (text is None or task.registers["nip"] - _KERNEL_BASE in text)
+    ]
+    if truth.crashed_pid is not None and not crashed:
+        yield f"no CPU's registers belong to the task that crashed (pid {truth.crashed_pid})"
+    elif truth.crashed_cpu is not None:
+        # the first note is VMCOREINFO's, the others are the CPUs'
+        buffer = _note_buffer(plan.notes[1 + truth.crashed_cpu], truth)
+        if not any(saved[number] in buffer for number in crashed):
+            yield f"the registers of the task that crashed (pid {truth.crashed_pid}) are not those of CPU {truth.crashed_cpu}"
+    for wanted in truth.registers:
+        if not any(all(task.registers[name] == value for name, value in wanted.items()) for task in tasks):
+            yield f"no CPU has the registers that one had when K1 was made to die: {_different(wanted, tasks)}"
+
+
+def _different(wanted: Mapping[str, int], tasks: list[PrStatus]) -> str:
+    """Where the nearest CPU's registers are others."""
+    differences = [
+        {name: task.registers[name] for name, value in wanted.items() if task.registers[name] != value} for task in tasks
+    ]
+    nearest = min(differences, key=len, default={})
+    return ", ".join(f"{name} is {value:#x}, was {wanted[name]:#x}" for name, value in nearest.items()) or "there are none"
+
+
 def _note_buffers(truth: Truth, plan: LoadPlan) -> bytes:
     """K1's crash_notes as the host saw them: the plan says where to look, the truth what is there."""
+    return b"".join(_note_buffer(note, truth) for note in plan.notes)
+
+
+def _note_buffer(note: Range, truth: Truth) -> bytes:
     with truth.memory.open("rb") as memory:
-        return b"".join(os.pread(memory.fileno(), min(note.size, _BLOCK), note.start) for note in plan.notes)
+        return os.pread(memory.fileno(), min(note.size, _BLOCK), note.start)
 
 
 def summarise(verdict: Verdict) -> None:

@@ -1,0 +1,214 @@
+"""What changes between the load and the crash: CPUs and memory that come, and a CPU that is lost."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from crashkernel.drill.conversation import have_done, loaded_plan
+from crashkernel.drill.faults.base import Fault
+from crashkernel.drill.ram import read_ram
+from crashkernel.drill.stages import FAULT, GuestSaidNo, purgatory_lines
+from crashkernel.errors import UsageError
+from crashkernel.memory import Range, format_size, parse_size
+
+if TYPE_CHECKING:
+    from crashkernel.drill.faults.base import Ending, Running
+    from crashkernel.drill.qemu import Hardware
+    from crashkernel.drill.request import DrillRequest
+    from crashkernel.drill.verdict import Truth
+
+_CAME = 256 << 20  # bytes; a block of memory that a partition may be given (ibm,lmb-size)
+_GIB = 1 << 30
+_STATUS = 'crashkernel status </dev/null 2>&1 3>&- | while IFS= read -r line; do say "answer $line"; done'
+_REFRESH = (
+    "crashkernel load --refresh --plan-out /tmp/plan.json </dev/null 2>&1 3>&- | "
+    'while IFS= read -r line; do say "log $line"; done; send plan /tmp/plan.json'
+)
+
+
+class _Came(Fault):
+    """Something is plugged into a running K1, after the load; and with `refresh` the same is loaded again for it."""
+
+    kind = "change"
+    argument = "[refresh]"
+
+    def __init__(self, argument: str = "", seed: int = 0) -> None:
+        super().__init__(argument, seed)
+        if argument not in ("", "refresh"):
+            raise UsageError(f"fault {self.word}: only a refresh may follow", hint=f"{self.name} or {self.name}:refresh")
+        self._refresh = argument == "refresh"
+        self._said: tuple[str, ...] = ()  # by `crashkernel status`, before a refresh
+
+    def fit(self, request: DrillRequest) -> None:
+        """Where QEMU can plug something in.
+
+        :raise UsageError: it cannot.
+        """
+        if request.machine != "pseries":
+            raise UsageError(f"fault {self.word}: nothing can be plugged into {request.machine}", hint="--machine pseries")
+
+    async def loaded(self, drill: Running) -> None:
+        """Plug it in, wait until K1 has it, ask what is loaded what it makes of it, and perhaps load again."""
+        async with drill.clock.stage(FAULT, drill.machine) as note:
+            await self._plug(drill)
+            self._said = tuple(
+                line.removeprefix("OUT OF DATE: ")
+                for line in await have_done(drill.machine, _STATUS)
+                if line.startswith("OUT OF DATE: ")
+            )
+            if not self._said:
+                raise GuestSaidNo("`crashkernel status` does not say that what is loaded is out of date")
+            if self._refresh:
+                drill.machine.say(f"do {_REFRESH}")
+                drill.plan = await loaded_plan(drill.machine, note)
+                while await drill.machine.line() != "did 0":
+                    pass
+
+    async def _plug(self, drill: Running) -> None:
+        raise NotImplementedError
+
+
+class CpuAdded(_Came):
+    """A CPU. K1 has a note buffer for each that may come, and all are in the header: no dump lacks its registers."""
+
+    name = "cpu-added"
+    summary = "a CPU is plugged into K1 after the load; `:refresh`: and `load --refresh` run"
+
+    def hardware(self, hardware: Hardware) -> Hardware:
+        """A free slot."""
+        return replace(hardware, cpus_to_come=1)
+
+    async def _plug(self, drill: Running) -> None:
+        number = await drill.machine.plug_cpu()
+        await have_done(
+            drill.machine,
+            f"while read -r online </sys/devices/system/cpu/cpu{number}/online && [ $online != 1 ]; do sleep 0.1; done",
+        )
+
+    def judged_by(self, truth: Truth) -> Truth:
+        """One more."""
+        return replace(truth, cpus=truth.cpus + 1)
+
+    def conclude(self, ending: Ending) -> bool:
+        """The verdict has counted them."""
+        if ending.verdict is not None and ending.verdict.registers_ok:
+            came = next((line for line in purgatory_lines(ending.console.splitlines()) if "other CPUs came" in line), "")
+            self.told = f"the dump has the new CPU's registers; status had said: {'; '.join(self._said)}; {came}"
+        return False
+
+
+class MemoryAdded(_Came):
+    """Memory. What was loaded before does not know of it: `status` says so, and the dump is right but for it."""
+
+    name = "memory-added"
+    summary = "256 MiB are plugged into K1 after the load; `:refresh`: and `load --refresh` run"
+
+    def __init__(self, argument: str = "", seed: int = 0) -> None:
+        super().__init__(argument, seed)
+        self.expects = "dump" if self._refresh else "told"
+        self._where: Range | None = None
+
+    def fit(self, request: DrillRequest) -> None:
+        """Where what comes lies right behind what there is.
+
+        :raise UsageError: it does not.
+        """
+        super().fit(request)
+        if parse_size(request.memory) % _GIB:
+            raise UsageError(
+                f"fault {self.word}: it comes at a multiple of 1 GiB, behind {request.memory} is a hole", hint="--memory 2G"
+            )
+
+    def hardware(self, hardware: Hardware) -> Hardware:
+        """A free slot."""
+        return replace(hardware, memory_to_come=_CAME)
+
+    async def _plug(self, drill: Running) -> None:
+        await have_done(drill.machine, "echo online >/sys/devices/system/memory/auto_online_blocks")
+        self._where = await drill.machine.plug_memory(drill.twin, _CAME)
+        block = f"/sys/devices/system/memory/memory{self._where.start // _CAME}"
+        await have_done(drill.machine, f"while [ ! -e {block} ] || [ $(cat {block}/state) != online ]; do sleep 0.1; done")
+
+    def judged_by(self, truth: Truth) -> Truth:
+        """With a refresh it is K1's memory like any other; without, a dump that has something of it is wrong."""
+        return replace(truth, memory_size=truth.memory_size + _CAME) if self._refresh else truth
+
+    def conclude(self, ending: Ending) -> bool:
+        """What status said must be of that memory, and the dump right but for it."""
+        if ending.verdict is None or not ending.verdict.passed or self._where is None:
+            return False
+        if self._refresh:
+            self.told = f"the dump has the {format_size(_CAME)} at {self._where}"
+        else:
+            self.told = next((line for line in self._said if str(self._where) in line), "")
+        return False
+
+
+class StuckCpu(Fault):
+    """The last CPU turns round on one instruction, interrupts off: K1 cannot stop it, and gives it up after ten seconds.
+
+    Its registers are not to be had, but by a system reset. Nor can anybody take its hypervisor areas back.
+    """
+
+    name = "stuck-cpu"
+    kind = "change"
+    summary = "K1's last CPU is stuck with interrupts off, and answers nobody"
+
+    def fit(self, request: DrillRequest) -> None:
+        """Not the only one; and it is not the one that crashes.
+
+        :raise UsageError: it would be.
+        """
+        if request.smp < 2:
+            raise UsageError("fault stuck-cpu needs a second CPU", hint="add --smp 2")
+        if "secondary" in request.fault:
+            raise UsageError("faults stuck-cpu and secondary: a CPU that is stuck does not crash", hint="give one of them")
+        self._reset = "nmi" in request.fault
+
+    async def loaded(self, drill: Running) -> None:
+        """Have it busy, so that it runs, and send it to a branch to itself in K1's text."""
+        machine, cpu = drill.machine, drill.twin.smp - 1
+        async with drill.clock.stage(FAULT, machine) as note:
+            busy = f"import os; os.sched_setaffinity(0, {{{cpu}}}); [0 for _ in iter(int, 1)]"
+            await have_done(machine, f'python3.11 -S -c "{busy}" 3>&- & sleep 1')
+            debugger = await machine.attach()
+            await debugger.halted()
+            little = bool((await machine.registers())[cpu]["msr"] & _MSR_LE)
+            place = _branch_to_itself(drill, little_endian=little)
+            msr = (await machine.registers())[0]["msr"]
+            await debugger.write_register(cpu, _MSR, msr & ~_MSR_EE_PR | _MSR_TRANSLATION, little_endian=little)
+            await debugger.write_register(cpu, _NIP, _LINEAR + place, little_endian=little)
+            note(f"CPU {cpu} turns round at {place:#x}")
+            await debugger.detach()
+
+    def judged_by(self, truth: Truth) -> Truth:
+        """All CPUs' registers but its own, if no system reset got them."""
+        return truth if self._reset else replace(truth, cpus=truth.cpus - 1, lost_cpus=1)
+
+    def conclude(self, ending: Ending) -> bool:
+        """What K1 and the purgatory said of it."""
+        k1 = [line.partition("] ")[2] for line in ending.console.splitlines() if "not responding" in line]
+        came = [line for line in purgatory_lines(ending.console.splitlines()) if "other CPUs came" in line]
+        self.told = "; ".join([*k1[:1], *came[:1]])
+        return False
+
+
+_LINEAR = 0xC000000000000000  # where K1 has its physical memory (PAGE_OFFSET)
+_MSR_LE, _MSR_EE_PR, _MSR_TRANSLATION = 0x1, 0x8000 | 0x4000, 0x30  # Power ISA Book III 4.2.1
+_NIP, _MSR = 64, 65  # as the GDB remote protocol counts (ppc_cpu_gdb_write_register, target/ppc/gdbstub.c)
+_BRANCH_TO_ITSELF = 0x48000000
+
+
+def _branch_to_itself(drill: Running, *, little_endian: bool) -> int:
+    """The physical address of one in K1's text."""
+    word = _BRANCH_TO_ITSELF.to_bytes(4, "little" if little_endian else "big")
+    for region in drill.plan.k1_layout:
+        if region.name == "K1 text":
+            text = read_ram(drill.machine.wiring.ram, region.range.size, region.range.start)
+            at = text.find(word)
+            while at >= 0 and at % 4:
+                at = text.find(word, at + 1)
+            if at >= 0:
+                return region.range.start + at
+    raise GuestSaidNo("K1's text has no branch to itself")

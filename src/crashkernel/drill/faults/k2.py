@@ -1,0 +1,224 @@
+"""What K2 meets: a disk or network that is gone, slow or broken, and no memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from crashkernel.drill.faults.base import Fault
+from crashkernel.drill.stages import BOOT_K2, CAPTURE
+from crashkernel.errors import UsageError
+from crashkernel.memory import format_size, parse_size
+
+if TYPE_CHECKING:
+    from crashkernel.drill.faults.base import Ending, Running
+    from crashkernel.drill.qemu import Hardware
+    from crashkernel.drill.request import DrillRequest
+    from crashkernel.drill.saving import Destination
+
+
+class _TargetLost(Fault):
+    """A target that does not take the dump.
+
+    `crashkernel capture` is given another, and the dump must be there. With `alone`, or when a raw copy is made, there is
+    none: K2 must say that it has no dump, and nothing may pass for one.
+    """
+
+    kind = "k2"
+    target: Destination
+    _signs: tuple[str, ...]  # of which one must be in what K2 says when it has lost its only target
+
+    def __init__(self, argument: str = "", seed: int = 0) -> None:
+        super().__init__(argument, seed)
+        self._alone = argument.startswith("alone")
+
+    @property
+    def fallback(self) -> bool:
+        """Another target, unless this one is to be alone."""
+        return self.expects == "dump"
+
+    def fit(self, request: DrillRequest) -> None:
+        """Of the drills whose dump goes there.
+
+        :raise UsageError: it goes elsewhere.
+        """
+        goes_to = "disk" if request.capture is None else request.capture_to
+        if goes_to != self.target:
+            raise UsageError(
+                f"fault {self.word}: the dump goes to the {goes_to}",
+                hint="add --capture LEVEL --capture-to network" if self.target == "network" else "leave --capture-to out",
+            )
+        self.expects = "told" if self._alone or request.capture is None else "dump"
+
+    def conclude(self, ending: Ending) -> bool:
+        """Without another target K2 must have said that it failed, and of what."""
+        failure = ending.failure
+        if self.expects == "told":
+            if failure is None or failure.stage != CAPTURE.name or not any(sign in failure.message for sign in self._signs):
+                return False
+            self.told = f"no dump: {failure.message.removeprefix(f'{CAPTURE.name}: ')}"
+            return True
+        if ending.verdict is not None and ending.verdict.passed:
+            other = "network" if self.target == "disk" else "disk"
+            self.told = f"the {other} took the dump, {ending.seconds.get(CAPTURE.name, 0):.0f} s after K2 was up"
+        return False
+
+
+class DiskGone(_TargetLost):
+    """The disk that K2 is to save to is not there when K2 looks for it."""
+
+    name = "disk-gone"
+    argument = "[alone]"
+    summary = "K2 has no disk; with --capture it is given the network as a second target, but for `:alone`"
+    target = "disk"
+    _signs = ("no disk /dev/vda", "/dev/vda")
+
+    def __init__(self, argument: str = "", seed: int = 0) -> None:
+        super().__init__(argument, seed)
+        if argument not in ("", "alone"):
+            raise UsageError(f"fault {self.word}: it is the only target or not", hint=f"{self.name} or {self.name}:alone")
+
+    def hardware(self, hardware: Hardware) -> Hardware:
+        """K1 never uses it, so it may as well never be there."""
+        return replace(hardware, disk=False)
+
+
+class NetworkGone(_TargetLost):
+    """The cable is pulled while K1 dies."""
+
+    name = "network-gone"
+    argument = "[alone]"
+    summary = "the network's cable is pulled before K2 runs; K2 is given the disk as a second target, but for `:alone`"
+    target = "network"
+    _signs = ("10.0.2.2",)
+
+    def __init__(self, argument: str = "", seed: int = 0) -> None:
+        super().__init__(argument, seed)
+        if argument not in ("", "alone"):
+            raise UsageError(f"fault {self.word}: it is the only target or not", hint=f"{self.name} or {self.name}:alone")
+
+    async def k2_enters(self, drill: Running) -> None:
+        """Pull it."""
+        await drill.machine.pull_network()
+
+
+class DiskFailing(_TargetLost):
+    """The disk takes some of the dump, and then no more."""
+
+    name = "disk-failing"
+    argument = "[OFFSET][,alone]"
+    summary = "K2's disk cannot be written at OFFSET (16M); with --capture there is the network, but for `,alone`"
+    target = "disk"
+    _signs = ("dd: exit", "/dev/vda", "Input/output error")
+
+    def __init__(self, argument: str = "", seed: int = 0) -> None:
+        super().__init__(argument, seed)
+        offset, _, alone = argument.partition(",")
+        if offset == "alone" and not alone:
+            offset, alone = "", "alone"
+        if alone not in ("", "alone"):
+            raise UsageError(f"fault {self.word} is not understood", hint="as disk-failing:16M,alone")
+        self._alone = alone == "alone"
+        self._offset = parse_size(offset or "16M")
+
+    @property
+    def title(self) -> str:
+        """What is done to the twin, in one line."""
+        return f"K2's disk cannot be written {format_size(self._offset)} from its start"
+
+    def hardware(self, hardware: Hardware) -> Hardware:
+        """A sector that QEMU fails every write to."""
+        return replace(hardware, bad_sector=self._offset)
+
+
+class DiskSlow(Fault):
+    """A disk that takes its time. Patience is all that is asked for."""
+
+    name = "disk-slow"
+    kind = "k2"
+    argument = "[RATE]"
+    summary = "K2's disk takes RATE bytes a second (16M)"
+
+    def __init__(self, argument: str = "", seed: int = 0) -> None:
+        super().__init__(argument, seed)
+        self._rate = parse_size(argument or "16M")
+        if self._rate < 1 << 20:
+            raise UsageError(f"fault {self.word}: less than 1 MiB a second, and no drill ends", hint="as disk-slow:16M")
+
+    @property
+    def title(self) -> str:
+        """What is done to the twin, in one line."""
+        return f"K2's disk takes {format_size(self._rate)} a second"
+
+    def fit(self, request: DrillRequest) -> None:
+        """Of the drills whose dump goes there.
+
+        :raise UsageError: it goes elsewhere.
+        """
+        if request.capture is not None and request.capture_to != "disk":
+            raise UsageError(f"fault {self.word}: the dump goes over the network", hint="leave --capture-to out")
+
+    def hardware(self, hardware: Hardware) -> Hardware:
+        """QEMU's throttle."""
+        return replace(hardware, disk_rate=self._rate)
+
+    def conclude(self, ending: Ending) -> bool:
+        """It must have been slow."""
+        verdict = ending.verdict
+        if verdict is not None and verdict.passed:
+            size = verdict.pages.dump_bytes if verdict.pages else verdict.bytes_compared
+            took = ending.seconds.get(CAPTURE.name, 0.0)
+            rate = size / took
+            self.told = f"{format_size(size)} in {took:.0f} s" if rate <= _BURST * self._rate else ""
+        return False
+
+
+_BURST = 1.2  # times its rate that a throttle may let through on the whole (throttle.txt: bursts)
+
+
+class K2OutOfMemory(Fault):
+    """Something takes all of K2's memory but a little before the dump is saved, and does not give it back."""
+
+    name = "k2-oom"
+    kind = "k2"
+    argument = "[LEFT]"
+    summary = "all of K2's memory but LEFT (16M) is taken before the dump is saved"
+
+    def __init__(self, argument: str = "", seed: int = 0) -> None:
+        super().__init__(argument, seed)
+        self._left = parse_size(argument or "16M")
+        self.expects = "told"
+
+    def fit(self, request: DrillRequest) -> None:
+        """A raw copy needs next to no memory.
+
+        :raise UsageError: one is to be made.
+        """
+        if request.capture is None:
+            raise UsageError(f"fault {self.word}: a raw copy needs no memory to speak of", hint="add --capture LEVEL")
+
+    @property
+    def title(self) -> str:
+        """What is done to the twin, in one line."""
+        return f"all of K2's memory but {format_size(self._left)} is taken before the dump is saved"
+
+    @property
+    def k2_script(self) -> str:
+        """Files of a root that is a ramfs: nobody can take that memory back."""
+        return f"""left=999999
+while [ $left -gt {self._left >> 10} ]; do
+    while read -r name kib unit; do [ $name != MemAvailable: ] || left=$kib; done </proc/meminfo
+    dd if=/dev/zero bs=64k count=16 >>/taken 2>/dev/null
+done
+"""
+
+    def conclude(self, ending: Ending) -> bool:
+        """K2 must have said that it is for want of memory, and have no dump."""
+        failure = ending.failure
+        if failure is None or failure.stage not in (BOOT_K2.name, CAPTURE.name):
+            return False
+        words = [line.partition("] ")[2] for line in ending.console.splitlines() if "Out of memory" in line]
+        if not words and "memory" not in failure.message.lower():
+            return False
+        self.told = "; ".join([failure.message.removeprefix(f"{failure.stage}: "), *words[:1]])
+        return True
