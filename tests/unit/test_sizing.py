@@ -16,7 +16,7 @@ from crashkernel.errors import FormatError
 from crashkernel.formats import cpio
 from crashkernel.memory import Range, RangeSet
 from crashkernel.placement import sizing
-from crashkernel.placement.sizing import Initrd, estimate, limited_cpus, measure_initrd, possible_cpus, recommended
+from crashkernel.placement.sizing import Initrd, estimate, limited_cpus, measure_initrd, possible_cpus, recommended, whole_root
 from support.machines import GIB, MIB, small_machine
 
 CONTENTS = [b"x" * size for size in (0, 1, 4096, 5000, 70000, 300000)]
@@ -318,6 +318,23 @@ def test_what_distributions_recommend(memory, cpus, rhel, debian):
 )
 def test_a_limit_of_cpus_is_read_as_no_lower_than_the_kernel_does(options, left):
     assert limited_cpus(8, options, "nr_cpus") == left
+
+
+@pytest.mark.parametrize(
+    ("cmdline", "whole"),
+    [
+        ("", False),
+        ("console=hvc0 maxcpus=1", False),
+        ("root=/dev/vda1", True),
+        ("rootfstype=ramfs", True),
+        ("rootfstype=tmpfs,ramfs", False),
+        ("root=/dev/vda1 rootfstype=tmpfs", False),
+        ("rootfstype=tmpfs rootfstype=ext4", True),
+        ("rootflags=root=x norootfstype=ramfs", False),
+    ],
+)
+def test_what_lifts_the_limit_of_a_tmpfs(cmdline, whole):
+    assert whole_root(cmdline) == whole
 
 
 def test_cpus_that_a_partition_may_come_to_have_are_possible():

@@ -8,7 +8,7 @@ Rows that K2 does not count itself are computed (the array of page structs, radi
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from crashkernel.placement.plan import SegmentContent
@@ -29,16 +29,18 @@ INITRD: SegmentContent = "initrd"
 class Accounting:
     """What each thing took of the reservation, in bytes, at both peaks. Either table adds up to `reservation`.
 
-    `page_size` is K2's, 0 where it did not say. `spare` is what was available at the worse peak: free pages, and those that
-    K2 could have emptied.
+    `page_size` is K2's, 0 where it did not say.
     """
 
     reservation: int
     page_size: int
-    unpacking: dict[str, int] = field(default_factory=dict)
-    saving: dict[str, int] = field(default_factory=dict)
-    peak: Peak = "saving"
-    spare: int = 0
+    unpacking: dict[str, int]
+    saving: dict[str, int]
+
+    @property
+    def peak(self) -> Peak:
+        """The worse of the two: the one that left less free."""
+        return "unpacking" if self.unpacking[FREE] < self.saving[FREE] else "saving"
 
     @property
     def at_peak(self) -> dict[str, int]:
@@ -51,7 +53,6 @@ class Accounting:
             "reservation": self.reservation,
             "page_size": self.page_size,
             "peak": self.peak,
-            "spare": self.spare,
             "unpacking": self.unpacking,
             "saving": self.saving,
         }
@@ -69,12 +70,7 @@ def account(footprint: Footprint, plan: LoadPlan, mmu: Mmu) -> Accounting | None
     loaded = sum(segment.range.size for segment in plan.segments if segment.content == INITRD)
     saving = _table(footprint.low, boot, plan, mmu, unpacked=footprint.before.get("Cached", 0))
     unpacking = _table(footprint.before, boot, plan, mmu, unpacked=footprint.before.get("Cached", 0), loaded=loaded)
-    spare = {
-        "unpacking": max(0, footprint.available - loaded),
-        "saving": footprint.least,
-    }
-    peak: Peak = "unpacking" if spare["unpacking"] < spare["saving"] else "saving"
-    return Accounting(plan.reserved.size, boot.page_size, unpacking, saving, peak, spare[peak])
+    return Accounting(plan.reserved.size, boot.page_size, unpacking, saving)
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ from crashkernel.placement.plan import (
     to_check,
 )
 from crashkernel.placement.reservation import COMMAND_LINE_SIZE
-from crashkernel.placement.sizing import Initrd, estimate, limited_cpus, possible_cpus
+from crashkernel.placement.sizing import Initrd, estimate, limited_cpus, possible_cpus, whole_root
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -189,7 +189,7 @@ def _estimate(machine: Machine, image: KernelImage, initrd: Initrd, cmdline: str
         possible,
         started=limited_cpus(possible, cmdline, "maxcpus"),
         k1_memory=machine.memory.total - (machine.reserved.size if machine.reserved else 0),
-        root=any(word.startswith("root=") for word in cmdline.split()),
+        root=whole_root(cmdline),
     )
 
 

@@ -425,7 +425,7 @@ def estimate(
     `page_size` is K2's base page. `cpus` are all that K2's device tree has, unless K2 is given nr_cpus=; `started` those it
     starts (maxcpus=). `k1_memory` is what it is to save, for the bitmaps of the program that does. Assumed of that program:
     like makedumpfile on one thread, or dd with blocks of a few MiB; it writes past the page cache or empties it as it goes.
-    `root` is whether K2's command line has root=, which lifts a limit: see "room that a tmpfs leaves free".
+    `root` is whether K2's command line lifts a limit (`whole_root`): see "room that a tmpfs leaves free".
     """
     unpacked = initrd.in_memory(page_size)
     small = page_size <= SMALL_PAGE
@@ -495,6 +495,19 @@ def limited_cpus(cpus: int, cmdline: str, option: str) -> int:
     values = [value for key, _, value in (word.partition("=") for word in cmdline.split()) if key == option]
     limits = [int(value) for value in values if value.isdecimal() and len(value) < 9]
     return min(cpus, limits[-1]) if limits and limits[-1] else cpus
+
+
+def whole_root(cmdline: str) -> bool:
+    """Whether a K2 with that command line unpacks its initrd into a ramfs, which may take all of memory, and not into a tmpfs.
+
+    init_rootfs, init/do_mounts.c: root= or rootfstype= do that, unless a tmpfs is among the types. (With root= older kernels
+    do it even then.)
+    """
+    options = [(key, value) for key, _, value in (word.partition("=") for word in cmdline.split())]
+    types = [value for key, value in options if key == "rootfstype"]
+    if types:
+        return "tmpfs" not in types[-1]
+    return any(key == "root" for key, _ in options)
 
 
 def _bitmaps(k1_memory: int, page_size: int) -> int:
