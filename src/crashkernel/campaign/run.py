@@ -8,7 +8,6 @@ host's ledger (`drill.budget`) sees to it that no host takes on more than it has
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import platform
 import queue
@@ -21,8 +20,8 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Protocol
 
-from crashkernel import __version__
 from crashkernel.campaign import worker
+from crashkernel.campaign.cluster import Workers, connected
 from crashkernel.campaign.store import Result, Store, StoredDrill, utc_now
 from crashkernel.drill.budget import (
     CPUS_VARIABLE,
@@ -30,8 +29,6 @@ from crashkernel.drill.budget import (
     Share,
     drill_share,
     limit,
-    places,
-    private_directory,
     remove_leftovers,
 )
 from crashkernel.drill.request import fetch
@@ -40,17 +37,17 @@ from crashkernel.memory import parse_size
 from crashkernel.report.terminal import visible
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
-    from distributed import Client, Future
+    from distributed import Future
 
     from crashkernel.campaign.file import Campaign
     from crashkernel.drill.request import DrillRequest
 
 _MOST_DEATHS = 10  # of workers in one drill: that many are its own doing
 _TICK = 0.25  # seconds
-_CONNECT = 30  # seconds to find a scheduler, and a worker
+_LOOK = 1.0  # seconds between two looks at the workers
 _STOPPING = 30  # seconds for drills to end when the campaign is given up
 
 
@@ -113,16 +110,14 @@ def run_campaign(campaign: Campaign, db: Path, settings: Settings, observer: Obs
                 _fetch_packages([drill.request for drill in pending], observer)
             remove_leftovers()
         start = time.monotonic()
-        with _connected(settings) as client:
-            if not settings.program:
-                _require_equipped(client)
-            slots = sum(client.nthreads().values())
+        with connected(settings.scheduler, settings.local_workers) as workers:
+            slots = workers.slots if settings.scheduler else settings.local_workers
             cpus = settings.cpus or (slots if settings.scheduler else limit().cpus)
-            run = store.begin_run(len(client.nthreads()), cpus, settings.scheduler)
+            run = store.begin_run(slots, cpus, settings.scheduler)
             end = False
             try:
                 observer.planned(pending, store.done(), slots)
-                _Driver(campaign, store, settings, observer, client).work(pending)
+                _Driver(campaign, store, settings, observer, workers).work(pending)
                 end = True
             finally:
                 store.end_run(run, time.monotonic() - start, "done" if end else "interrupted")
@@ -133,9 +128,9 @@ def run_campaign(campaign: Campaign, db: Path, settings: Settings, observer: Obs
 class _Driver:
     """Sends drills to workers, no more at a time than there are, and writes down what comes back."""
 
-    def __init__(self, campaign: Campaign, store: Store, settings: Settings, observer: Observer, client: Client) -> None:
+    def __init__(self, campaign: Campaign, store: Store, settings: Settings, observer: Observer, workers: Workers) -> None:
         self._campaign, self._store, self._settings = campaign, store, settings
-        self._observer, self._client = observer, client
+        self._observer, self._workers, self._client = observer, workers, workers.client
         self._run = uuid.uuid4().hex
         self._identity = store.identity
         self._drills: dict[int, StoredDrill] = {}
@@ -151,8 +146,9 @@ class _Driver:
         slots, counted = 0, 0.0
         try:
             while waiting or self._futures:
-                if time.monotonic() - counted > 1:
-                    slots, counted = sum(self._client.nthreads().values()), time.monotonic()
+                if time.monotonic() - counted > _LOOK:
+                    self._workers.tend()
+                    slots, counted = self._workers.slots, time.monotonic()
                 while waiting and len(self._futures) < max(1, slots):
                     self._send(waiting.popleft())
                 with contextlib.suppress(queue.Empty):
@@ -219,71 +215,6 @@ class _Driver:
             self._client.run(worker.stop, self._run, on_error="ignore")
             queued = [future for future in futures if not future.done()]
             wait(queued, timeout=_STOPPING)
-
-
-@contextlib.contextmanager
-def _connected(settings: Settings) -> Iterator[Client]:
-    """A client of the scheduler that was asked for, or of workers on this host that end with it."""
-    try:
-        import dask  # noqa: PLC0415
-        from distributed import Client, LocalCluster  # noqa: PLC0415
-    except ImportError as error:
-        raise EnvironmentFault("a campaign needs distributed", hint="pip install 'crashkernel[campaign]'") from error
-    with contextlib.ExitStack() as stack:
-        for name in ("distributed", "tornado", "asyncio"):  # of workers that were killed, mostly
-            stack.enter_context(_quiet(logging.getLogger(name)))
-        if settings.scheduler:
-            try:
-                client = stack.enter_context(Client(settings.scheduler, timeout=_CONNECT, set_as_default=False))
-                client.wait_for_workers(1, timeout=_CONNECT)
-            except (OSError, ValueError, TimeoutError) as error:
-                raise EnvironmentFault(
-                    f"no scheduler with a worker at {settings.scheduler}: {error}",
-                    hint="start them with `dask scheduler` and `dask worker ADDRESS --nthreads 1`",
-                ) from error
-            yield client
-            return
-        scratch = stack.enter_context(private_directory(places()[-1]))
-        # as often as it takes: whoever kills workers is not to cost a drill its result
-        settled = {"distributed.scheduler.allowed-failures": 30, "temporary-directory": str(scratch)}
-        stack.enter_context(dask.config.set(settled))
-        cluster = LocalCluster(
-            n_workers=settings.local_workers,
-            threads_per_worker=1,
-            memory_limit=0,
-            dashboard_address=None,
-            silence_logs=logging.CRITICAL + 1,
-            local_directory=str(scratch),
-            preload=["crashkernel.campaign.worker"],
-        )
-        stack.enter_context(cluster)
-        yield stack.enter_context(Client(cluster, set_as_default=False))
-
-
-def _require_equipped(client: Client) -> None:
-    """Refuse workers on which no drill could be run, before every drill says so.
-
-    :raise EnvironmentFault: one lacks something.
-    """
-    try:
-        lacking = client.run(worker.lacks, __version__)
-    except Exception as error:  # whatever it is that keeps the package from being imported there
-        raise EnvironmentFault(
-            f"a worker cannot run drills: {error}", hint=f"install crashkernel {__version__} where the workers run"
-        ) from error
-    for address, what in lacking.items():
-        if what:
-            raise EnvironmentFault(f"the worker {address} lacks {what}")
-
-
-@contextlib.contextmanager
-def _quiet(logger: logging.Logger) -> Iterator[None]:
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _fetch_packages(requests: Iterable[DrillRequest], observer: Observer) -> None:

@@ -89,11 +89,6 @@ def lacks(version: str) -> str:
     return " and ".join(missing + ([] if version == __version__ else [f"crashkernel {version}: it has {__version__}"]))
 
 
-def dask_setup(_worker: object) -> None:
-    """Called by a local worker when it starts: a Ctrl-C is the driver's to handle."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def run_task(task: Task, tell: Callable[[str, str], None]) -> Result:
     """Drill once; `tell` hears of each stage as it begins, and what happens in it.
 

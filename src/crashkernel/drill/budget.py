@@ -82,13 +82,15 @@ def private_directory(place: Path) -> Iterator[Path]:
 
     :raise EnvironmentFault: QEMU cannot use the path.
     """
-    with tempfile.TemporaryDirectory(prefix=_WORK, dir=place) as name:
-        directory = Path(name)
-        if "," in name or len(name) > _LONGEST_SOCKET_PATH - len("/console.sock"):
-            raise EnvironmentFault(f"QEMU cannot use {name}", hint="set TMPDIR to a short path without commas")
-        with (directory / _LOCK).open("w") as lock:
+    with contextlib.ExitStack() as stack:
+        with _guarded():  # until it is under lock it looks like a leftover
+            name = stack.enter_context(tempfile.TemporaryDirectory(prefix=_WORK, dir=place))
+            directory = Path(name)
+            if "," in name or len(name) > _LONGEST_SOCKET_PATH - len("/console.sock"):
+                raise EnvironmentFault(f"QEMU cannot use {name}", hint="set TMPDIR to a short path without commas")
+            lock = stack.enter_context((directory / _LOCK).open("w"))
             fcntl.flock(lock, fcntl.LOCK_EX)
-            yield directory
+        yield directory
 
 
 def places() -> list[Path]:
@@ -104,8 +106,8 @@ def place_with_room(share: Share) -> Path:
 
 def remove_leftovers() -> None:
     """Remove what drills left that were killed outright: gigabytes, in memory. A drill that lives holds its lock."""
-    for place in places():
-        for path in place.glob(f"{_WORK}*/{_LOCK}"):
+    with _guarded():
+        for path in [path for place in places() for path in place.glob(f"{_WORK}*/{_LOCK}")]:
             with contextlib.suppress(OSError), path.open("r+") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(path.parent, ignore_errors=True)
