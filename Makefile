@@ -27,7 +27,7 @@ endef
 need = $(call wanted,command -v $(1) >/dev/null,$(2))
 need_library = $(call wanted,/sbin/ldconfig -p | grep -qF '$(1)',$(2))
 
-.PHONY: setup qemu binutils codecs readers drill test check bench bench-purgatory bench-capture big-endian wheel purgatory clean
+.PHONY: setup qemu binutils codecs readers browser drill test check bench bench-purgatory bench-capture big-endian wheel purgatory clean
 
 setup: $(VENV)/.ready
 
@@ -66,6 +66,10 @@ readers: codecs
 	$(call need,openssl,openssl)
 	$(call wanted,PATH=$$PATH:/sbin:/usr/sbin command -v mke2fs >/dev/null,e2fsprogs)
 
+# What opens reports in the tests.
+browser:
+	$(call wanted,{ command -v chromium && command -v chromedriver && command -v pdftotext; } >/dev/null,chromium chromium-driver poppler-utils)
+
 drill: setup qemu
 	$(BIN)/crashkernel drill
 
@@ -75,8 +79,8 @@ check: setup binutils codecs
 	$(BIN)/mypy
 	$(BIN)/pytest $(PARALLEL) tests/unit
 
-test: check qemu readers
-	$(BIN)/pytest $(PARALLEL) tests/bench tests/drill tests/capture
+test: check qemu readers browser
+	$(BIN)/pytest $(PARALLEL) tests/bench tests/drill tests/capture tests/report
 
 bench: setup qemu
 	$(BIN)/crashkernel bench drill

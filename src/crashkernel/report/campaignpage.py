@@ -121,6 +121,7 @@ th[scope=rowgroup]{padding-top:1rem}
 .filter input,.filter select,.copy{font:inherit;color:var(--text);background:var(--page);border:1px solid var(--soft);
   border-radius:6px;padding:.4rem .6rem;min-height:2.75rem;width:100%}
 .filter output{flex:1 1 8rem;padding:.6rem 0;font-size:.9rem}
+.command b{font-weight:400;display:inline-block;max-width:100%}
 .again{display:flex;gap:.5rem;align-items:center}.again pre{flex:1;min-width:0}
 .copy{width:auto;cursor:pointer;font-size:.85rem;min-height:2.25rem;padding:.2rem .8rem}
 .list td{vertical-align:top}
@@ -188,7 +189,7 @@ _SCRIPT = """
     shown.textContent = `${count} of ${rows.length}`;
   };
   if (words) {
-    for (const control of [words, stands]) control.addEventListener('input', filter);
+    for (const control of [words, stands]) for (const kind of ['input', 'change']) control.addEventListener(kind, filter);
     filter();
   }
   const go = () => {
@@ -413,7 +414,9 @@ class _Page:
 
 
 def _command(drill: Drill) -> str:
-    return f'<div class="again"><pre class="command">{escaped(drill.command)}</pre></div>'
+    """Its words are elements, so that no line ends behind the dashes of an option."""
+    words = " ".join(f"<b>{escaped(word)}</b>" for word in drill.command.split(" "))
+    return f'<div class="again"><pre class="command">{words}</pre></div>'
 
 
 def _own(placement: str) -> str:
