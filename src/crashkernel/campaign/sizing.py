@@ -283,7 +283,7 @@ def at_size(request: DrillRequest, size: int) -> DrillRequest:
 
 def step_of(request: DrillRequest) -> int:
     """How finely to search, in bytes."""
-    return _STEP["hash" if request.mmu == "hash" else "radix"]
+    return _STEP[request.twin.mmu]
 
 
 # ---------------------------------------------------------------------------------------------------------- the estimate
@@ -304,7 +304,7 @@ class Expectation:
             self.image_span,
             self.initrd,
             RangeSet([Range(0, size)]),
-            "hash" if twin.mmu == "hash" else "radix",
+            twin.mmu,
             page_size,
             twin.smp,
             started=twin.smp if self.request.all_cpus else 1,

@@ -53,6 +53,7 @@ _COMMANDS = {
     "receive": ("receive",),
     "twin": ("drill", "describe-twin", "big-endian"),
     "campaign": ("campaign",),
+    "size": ("size",),
     "bench": ("bench",),
     "report": ("report",),
 }

@@ -132,15 +132,14 @@ class Display:
             self.line(f"  dma: {line}")
 
     def footprint(self, footprint: Footprint) -> None:
-        """What the capture took of K2's memory."""
-        before, least, total, peak, child = (
-            format_size(each)
-            for each in (
-                *(footprint.available, footprint.least, footprint.total),
-                *(footprint.peak, footprint.peak_of_child),
-            )
+        """What was left of K2's memory, and what the capture took."""
+        before, least, total = (format_size(each) for each in (footprint.available, footprint.least, footprint.total))
+        capture = (
+            f"; resident {format_size(footprint.peak)}, a worker {format_size(footprint.peak_of_child)}"
+            if footprint.peak
+            else ""
         )
-        self.line(f"  K2's memory: {before} of {total} available, while capturing {least}; resident {peak}, a worker {child}")
+        self.line(f"  K2's memory: {before} of {total} available, while it saved {least}{capture}")
 
     def verdict(self, verdict: Verdict) -> None:
         """The evidence."""

@@ -51,7 +51,7 @@ CRASH_APPLETS = ("sh", "cat", "hexdump", "insmod", "mount", "poweroff", "sleep",
 CAPTURE_APPLETS = ("sh", "cat", "dd", "insmod", "mount", "poweroff", "sleep", "stat", "tail")
 NETWORK_APPLETS = ("ifconfig",)  # K2's, likewise
 
-_NOT_IN_K1 = ("drill", "bench", "vmcore", "capture", "target", "dump")
+_NOT_IN_K1 = ("drill", "bench", "campaign", "vmcore", "capture", "target", "dump")
 """Rooms that nobody enters before the crash. What the dying kernel's files take of its memory, a driver cannot be given."""
 
 GUEST_PACKAGE_ROOT = PurePosixPath("usr/lib/crashkernel")  # PYTHONPATH in crash-init.sh
@@ -369,7 +369,7 @@ def build_capture_image(
             raise EnvironmentFault("the userland was fetched without what `crashkernel capture` runs on")
         root.file("etc/crashkernel/capture-args", "".join(f"{argument}\n" for argument in capture_args).encode())
         _add_python(root, userland.capture, _CAPTURE_FILES, _CAPTURE_UNUSED, _add_bytecode)
-        _add_package(root, package or Path(crashkernel.__file__).parent, ("drill", "bench"), _add_bytecode)
+        _add_package(root, package or Path(crashkernel.__file__).parent, ("drill", "bench", "campaign"), _add_bytecode)
     if fault:
         root.file("etc/crashkernel/fault", fault.encode())
     if token:

@@ -8,6 +8,7 @@ import tempfile
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from crashkernel.drill.accounting import account
 from crashkernel.drill.arrival import LOG, MANIFEST
 from crashkernel.drill.faults.damage import RogueDma
 from crashkernel.drill.filtered import SavedDump, judge_filtered
@@ -35,6 +36,7 @@ def outcome_record(outcome: Outcome) -> dict[str, Any]:
     """One placement's result; the fields are the documented ones, sizes in bytes, times in seconds."""
     verdict = outcome.verdict or Verdict()
     failure = outcome.failure
+    accounting = account(outcome.footprint, outcome.plan, outcome.scenario.twin.mmu) if outcome.plan else None
     return {
         "placement": outcome.scenario.placement,
         "command": shlex.join(outcome.scenario.request.command()),
@@ -46,6 +48,7 @@ def outcome_record(outcome: Outcome) -> dict[str, Any]:
         ],
         "dma": next((dma_record(fault.report) for fault in outcome.faults if isinstance(fault, RogueDma)), None),
         "capture": None if outcome.scenario.saving is None else capture_record(outcome.scenario.saving, outcome),
+        "accounting": None if accounting is None else accounting.record(),
         "failure": None
         if failure is None
         else {"stage": failure.stage, "message": failure.message, "likely": failure.hint, "console": list(failure.console)},

@@ -108,8 +108,8 @@ class DrillRequest:
     def twin(self) -> Twin:
         """The machine to emulate; a region behind K1's image is still a name (`resolved`)."""
         return Twin(
-            cast("Any", self.machine), self.cpu, self.mmu, self.smp, parse_size(self.memory), self.crashkernel
-        )  # _checked has seen to the machine
+            cast("Any", self.machine), self.cpu, cast("Any", self.mmu), self.smp, parse_size(self.memory), self.crashkernel
+        )  # _checked has seen to both
 
     @property
     def saving(self) -> Saving | None:

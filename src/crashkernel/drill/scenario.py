@@ -108,7 +108,7 @@ class Outcome:
     faults: tuple[Fault, ...] = ()
     stages: dict[str, float] = field(default_factory=dict)  # seconds
     verdict: Verdict | None = None
-    footprint: Footprint = field(default_factory=Footprint)  # of the capture, if `crashkernel capture` saved the dump
+    footprint: Footprint = field(default_factory=Footprint)  # of K2, as far as it told
     failure: StageFailed | None = None
     plan: LoadPlan | None = None
     dump: Path | None = None

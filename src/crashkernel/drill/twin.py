@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from crashkernel.errors import UsageError
+from crashkernel.machine import Mmu
 from crashkernel.memory import format_size
 
 MachineName = Literal["pseries", "powernv9", "powernv10"]
 MACHINES: tuple[MachineName, ...] = ("pseries", "powernv9", "powernv10")
 CPUS = ("POWER8", "POWER9", "POWER10")
-MMUS = ("radix", "hash")
+MMUS: tuple[Mmu, ...] = ("radix", "hash")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,7 @@ class Twin:
 
     machine: MachineName = "pseries"
     cpu: str = "POWER9"
-    mmu: str = "radix"
+    mmu: Mmu = "radix"
     smp: int = 1
     memory: int = 2 << 30
     crashkernel: str = "512M"

@@ -1,0 +1,283 @@
+"""size: the smallest reservation that does for these kernels, found by drills; for the engineer's machine."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import threading
+import uuid
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from crashkernel.cli.command import add_command, write
+from crashkernel.cli.display import require_extra, require_writable, terminable
+from crashkernel.cli.twin import add_machine
+from crashkernel.drill.accounting import FREE
+from crashkernel.drill.request import DEFAULT_KERNEL, DrillRequest, fetch
+from crashkernel.drill.saving import CODECS, DESTINATIONS, MAX_LEVEL
+from crashkernel.errors import UsageError
+from crashkernel.memory import format_size
+from crashkernel.placement.plan import PLACEMENTS
+from crashkernel.report.terminal import visible
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from rich.console import Console
+    from rich.status import Status
+
+    from crashkernel.campaign.sizing import Sized, Trial
+
+_RAW = "raw"
+
+_EPILOG = """examples:
+  crashkernel size                                  Debian 12's kernel, both placements: about 5 minutes
+  crashkernel size --placement reserved --kernel debian:trixie --memory 8G
+  crashkernel size --kernel ./vmlinux --initrd kdump.img     your own kernel, and what your initrd unpacks to
+  crashkernel size --capture raw                    K2 copies /proc/vmcore as it is
+  crashkernel size --smp 4 --all-cpus               K2 runs on four CPUs
+  crashkernel size --into night.sqlite              keep it with a campaign's results, for `crashkernel report`
+
+Each trial is a drill: K1 crashes, K2 saves the dump, and it must be right. The search closes in on the smallest
+reservation with which it is, and repeats that; what it recommends has a margin on top.
+
+What is simulated: this kernel, the memory that the initrd takes packed and unpacked, the CPUs, the placement, and
+`crashkernel capture` or a raw copy. What is not: the drivers and programs of your --initrd, which are unpacked and not
+run; adapters of real machines take tens of MiB each. The drill's own initrd is not compressed.
+
+exit status: 0 found, 1 none was, or a dump was wrong for another reason, 2 usage, 3 this machine lacks something
+"""
+
+
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add size to the parser."""
+    size = add_command(commands, "size", "find the smallest reservation that does, by drills", _EPILOG)
+    size.add_argument("--placement", choices=(*PLACEMENTS, "both"), default="both", help="default: %(default)s")
+    size.add_argument("--kernel", default=DEFAULT_KERNEL, metavar="KERNEL", help="as for drill (default: %(default)s)")
+    size.add_argument("--capture-kernel", metavar="KERNEL", help="K2, where it is another than K1")
+    size.add_argument("--initrd", metavar="FILE", help="K2 unpacks this initrd too")
+    add_machine(size)
+    size.add_argument("--all-cpus", action="store_true", help="K2 starts every CPU (default: only the one that crashed)")
+    size.add_argument(
+        "--capture",
+        type=_level,
+        default=MAX_LEVEL,
+        metavar="LEVEL",
+        help="the dump level of `crashkernel capture`, or 'raw' for a plain copy of /proc/vmcore (default: %(default)s)",
+    )
+    size.add_argument("--capture-codec", choices=CODECS, help="default: zstd")
+    size.add_argument("--capture-to", choices=DESTINATIONS, help="where K2 sends the dump (default: disk)")
+    size.add_argument(
+        "--margin", type=_number, default=25, metavar="PERCENT", help="to add to what was found (default: %(default)s)"
+    )
+    size.add_argument(
+        "--confirm", type=_number, default=3, metavar="N", help="what was found must pass N times more (default: %(default)s)"
+    )
+    size.add_argument("--into", type=Path, metavar="DB", help="add it to the database of a campaign")
+    size.add_argument("--json", type=Path, metavar="FILE", help="write all of it as JSON ('-' for standard output)")
+    size.set_defaults(run=_size)
+
+
+def _level(text: str) -> int | None:
+    return None if text == _RAW else _number(text)
+
+
+def _number(text: str) -> int:
+    if not (text.isdecimal() and len(text) < 4):
+        raise argparse.ArgumentTypeError(f"{text!r} is no small whole number")
+    return int(text)
+
+
+def _size(arguments: argparse.Namespace) -> int:
+    require_extra("numpy", "qemu", "rich")
+    requests = _requests(arguments)
+    from crashkernel.campaign.sizing import keep_sizes, require_database  # noqa: PLC0415
+
+    if arguments.into is not None:
+        require_database(arguments.into)
+    to_stdout = str(arguments.json) == "-"
+    if arguments.json is not None and not to_stdout:
+        require_writable(arguments.json)
+    progress = _Progress(to_stderr=to_stdout)
+    with terminable():
+        found = _search(requests, arguments, progress)
+    if arguments.into is not None:
+        keep_sizes(arguments.into, found)
+    if arguments.json is not None:
+        text = json.dumps({"sizes": [sized.record() for sized in found]}, indent=1)
+        if to_stdout:
+            print(text)
+        else:
+            write(arguments.json, text + "\n", "--json")
+    for line in _report(found):
+        progress.line(*line)
+    return 0
+
+
+def _requests(arguments: argparse.Namespace) -> list[DrillRequest]:
+    if arguments.capture is None and (arguments.capture_codec or arguments.capture_to):
+        raise UsageError("--capture-codec and --capture-to say how `crashkernel capture` saves", hint="leave --capture raw out")
+    names = (
+        *("kernel", "capture_kernel", "initrd", "machine", "cpu", "mmu", "smp", "memory"),
+        *("all_cpus", "capture", "capture_codec", "capture_to"),
+    )
+    given = {name.replace("_", "-"): value for name in names if (value := getattr(arguments, name)) is not None}
+    placements = PLACEMENTS if arguments.placement == "both" else (arguments.placement,)
+    return [DrillRequest.from_options({**given, "placement": placement}) for placement in placements]
+
+
+def _search(requests: Sequence[DrillRequest], arguments: argparse.Namespace, progress: _Progress) -> list[Sized]:
+    """Each placement's search, all at a time: the host's ledger sees to it that no more run than there is room for."""
+    from crashkernel.campaign import worker  # noqa: PLC0415
+    from crashkernel.campaign.sizing import size_reservation  # noqa: PLC0415
+
+    with progress.busy("packages") as tell:
+        supplies = fetch(requests[0], tell)
+    run = uuid.uuid4().hex
+    other = f", K2 {supplies.k2.name}" if supplies.k2 != supplies.k1 else ""
+    twin = requests[0].twin.title.rpartition(", ")[0]
+    progress.line(
+        f"{supplies.k1.name}{other} on {twin}, {requests[0].saving.title if requests[0].saving else 'a raw copy'}", "bold"
+    )
+    with progress, ThreadPoolExecutor(len(requests)) as pool:
+        futures = [
+            pool.submit(
+                size_reservation,
+                request,
+                supplies,
+                run,
+                progress.listener(request.placement),
+                confirmations=arguments.confirm,
+                margin=arguments.margin,
+            )
+            for request in requests
+        ]
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            return [future.result() for future in futures if future in done]
+        except BaseException:
+            worker.stop(run)
+            raise
+
+
+class _Progress:
+    """A line for each trial; on a terminal also what runs now, and about how many drills are still to come."""
+
+    def __init__(self, *, to_stderr: bool) -> None:
+        from rich.console import Console  # noqa: PLC0415
+
+        self._console: Console = Console(stderr=to_stderr, highlight=False, soft_wrap=True)
+        self._status: Status | None = None
+        self._lock = threading.Lock()
+        self._doing: dict[str, str] = {}
+        self._left: dict[str, int] = {}
+
+    def __enter__(self) -> None:
+        if self._console.is_terminal:
+            self._status = self._console.status("begins")
+            self._status.start()
+
+    def __exit__(self, *_: object) -> None:
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+
+    def line(self, text: str, style: str = "") -> None:
+        """A line that stays."""
+        self._console.print(visible(text), style=style, markup=False)
+
+    @contextlib.contextmanager
+    def busy(self, what: str) -> Iterator[Callable[[str], None]]:
+        """A spinner with the last message; elsewhere each message is a line."""
+        if self._console.is_terminal:
+            with self._console.status(what) as status:
+                yield lambda text: status.update(f"{what}: {text}")
+        else:
+            yield lambda text: self.line(f"{what}: {text}")
+
+    def listener(self, placement: str) -> _Listener:
+        """Who listens to one search."""
+        return _Listener(self, placement)
+
+    def doing(self, placement: str, text: str) -> None:
+        """What a search does now."""
+        with self._lock:
+            self._doing[placement] = text
+            self._update()
+
+    def ended(self, placement: str, trial: Trial, left: int) -> None:
+        """A search has one trial more, and so many to come."""
+        free = "" if trial.spare is None else f"{format_size(trial.spare)} free at its lowest"
+        said = "; ".join(part for part in (trial.reason, free) if part)
+        with self._lock:
+            self._left[placement] = left
+            style = {"passed": "green", "too small": "yellow"}.get(trial.finding, "bold yellow")
+            self.line(
+                f"  {placement:<9}{trial.size >> 20:>5}M  {trial.finding:<9} {trial.seconds:5.1f} s  {said}".rstrip(), style
+            )
+            self._update()
+
+    def _update(self) -> None:
+        if self._status is not None:
+            doing = ", ".join(f"{placement} {text}" for placement, text in self._doing.items())
+            left = sum(self._left.values())
+            self._status.update(visible(doing + (f"; about {left} drills to come" if left else "")))
+
+
+@dataclass(frozen=True, slots=True)
+class _Listener:
+    progress: _Progress
+    placement: str
+
+    def stage(self, size: int, text: str) -> None:
+        """What the drill at `size` bytes does now."""
+        self.progress.doing(self.placement, f"{size >> 20}M{': ' * bool(text)}{text}")
+
+    def ended(self, trial: Trial, left: int) -> None:
+        """A drill is over."""
+        self.progress.ended(self.placement, trial, left)
+
+
+def _report(found: Sequence[Sized]) -> Iterator[tuple[str, str]]:
+    """The answer, where the memory went, and what others say; each line with its style."""
+    most = max(sized.recommended for sized in found)
+    yield f"crashkernel={most >> 20}M", "bold green"
+    for sized in found:
+        search = sized.search
+        failed = f"{search.failed >> 20}M was not" if search.failed else "nothing smaller was seen to fail"
+        yield (
+            f"  {sized.request.placement}: {search.found >> 20}M was enough, {search.passed} times of {search.passed}; "
+            f"{failed}; with {sized.margin} % more {sized.recommended >> 20}M",
+            "",
+        )
+    peaks = {
+        f"{sized.request.placement}, {peak}": sized.accounting[peak]
+        for sized in found
+        if sized.accounting
+        for peak in ("unpacking", "saving")
+    }
+    if peaks:
+        yield from _accounting(peaks)
+    yield "compared with what was found", "bold"
+    for sized in found:
+        for name, size in sized.compared.items():
+            ratio = f"{size / sized.search.found:4.2f} times" if size else "nothing"
+            yield f"  {sized.request.placement:<9} {name:<34} {_mib(size)} MiB  {ratio}", ""
+
+
+def _accounting(tables: dict[str, dict[str, int]]) -> Iterator[tuple[str, str]]:
+    """One column for each peak; all add up to the reservations."""
+    rows = list(dict.fromkeys(name for table in tables.values() for name in table))
+    rows.sort(key=lambda name: name == FREE)
+    yield "where it went, MiB, by K2's own accounting", "bold"
+    yield f"  {'':<24}" + "".join(f"{name:>22}" for name in tables), ""
+    for name in rows:
+        yield f"  {name:<24}" + "".join(f"{_mib(table.get(name, 0)):>22}" for table in tables.values()), ""
+    yield f"  {'the reservation':<24}" + "".join(f"{_mib(sum(table.values())):>22}" for table in tables.values()), "bold"
+
+
+def _mib(size: int) -> str:
+    return f"{size / (1 << 20):7.1f}"
