@@ -80,9 +80,9 @@ def test_the_answer_comes_with_its_trials_and_what_others_say(played, capfd):
     assert "reserved: 120M was enough, 4 times of 4; 116M was not; with 25 % more 160M" in out
     assert re.search(r"^  zero +96M  too small +\d+\.\d s  K2 boot: Kernel panic: Out of memory", out, re.MULTILINE)
     assert re.search(r"^  reserved +120M  passed +\d+\.\d s  0 B free at its lowest", out, re.MULTILINE)
-    assert "recommended by debian" in out
-    assert "estimated by crashkernel plan" in out
-    assert "K2's image" in out
+    assert re.search(r"^  estimated by crashkernel plan: 110 MiB +1\.10 +0\.92$", out, re.MULTILINE)
+    assert re.search(r"^  recommended by debian: 320 MiB +3\.20 +2\.67$", out, re.MULTILINE)
+    assert re.search(r"^  the reservation +100\.0 +100\.0 +120\.0 +120\.0$", out, re.MULTILINE)
 
 
 def test_the_json_is_complete_and_alone_on_standard_output(played, capfd):

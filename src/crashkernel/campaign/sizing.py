@@ -365,13 +365,17 @@ class Sized:
         return self.expectation.smallest((self.accounting or {}).get("page_size") or LARGE_PAGE)
 
     @property
-    def compared(self) -> dict[str, int]:
-        """What the estimate and the distributions say, by name; 0 where they reserve nothing."""
+    def ratios(self) -> dict[str, float]:
+        """The estimate and what distributions recommend, by name, as so many times what was found."""
         twin = self.request.twin
-        return {
-            "estimated by crashkernel plan": self.estimate,
-            **{f"recommended by {each.vendor}": each.size for each in recommended(twin.memory, twin.smp)},
+        sizes = {
+            f"estimated by crashkernel plan: {format_size(self.estimate)}": self.estimate,
+            **{
+                f"recommended by {each.vendor}: {format_size(each.size)}": each.size
+                for each in recommended(twin.memory, twin.smp)
+            },
         }
+        return {name: size / self.search.found for name, size in sizes.items()}
 
     def record(self) -> dict[str, Any]:
         """As JSON has it."""

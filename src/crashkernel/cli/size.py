@@ -10,12 +10,12 @@ import uuid
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from crashkernel.cli.command import add_command, write
 from crashkernel.cli.display import require_extra, require_writable, terminable
 from crashkernel.cli.twin import add_machine
-from crashkernel.drill.accounting import FREE
+from crashkernel.drill.accounting import FREE, PEAKS
 from crashkernel.drill.request import DEFAULT_KERNEL, DrillRequest, fetch
 from crashkernel.drill.saving import CODECS, DESTINATIONS, MAX_LEVEL
 from crashkernel.errors import UsageError
@@ -243,8 +243,7 @@ class _Listener:
 
 def _report(found: Sequence[Sized]) -> Iterator[tuple[str, str]]:
     """The answer, where the memory went, and what others say; each line with its style."""
-    most = max(sized.recommended for sized in found)
-    yield f"crashkernel={most >> 20}M", "bold green"
+    yield f"crashkernel={max(sized.recommended for sized in found) >> 20}M", "bold green"
     for sized in found:
         search = sized.search
         failed = f"{search.failed >> 20}M was not" if search.failed else "nothing smaller was seen to fail"
@@ -253,31 +252,24 @@ def _report(found: Sequence[Sized]) -> Iterator[tuple[str, str]]:
             f"{failed}; with {sized.margin} % more {sized.recommended >> 20}M",
             "",
         )
-    peaks = {
-        f"{sized.request.placement}, {peak}": sized.accounting[peak]
-        for sized in found
-        if sized.accounting
-        for peak in ("unpacking", "saving")
-    }
-    if peaks:
-        yield from _accounting(peaks)
-    yield "compared with what was found", "bold"
-    for sized in found:
-        for name, size in sized.compared.items():
-            ratio = f"{size / sized.search.found:4.2f} times" if size else "nothing"
-            yield f"  {sized.request.placement:<9} {name:<34} {_mib(size)} MiB  {ratio}", ""
+    yield from _accounting({sized.request.placement: sized.accounting for sized in found if sized.accounting})
+    yield from _table("compared with what was found, times", {sized.request.placement: sized.ratios for sized in found}, "5.2f")
 
 
-def _accounting(tables: dict[str, dict[str, int]]) -> Iterator[tuple[str, str]]:
-    """One column for each peak; all add up to the reservations."""
-    rows = list(dict.fromkeys(name for table in tables.values() for name in table))
-    rows.sort(key=lambda name: name == FREE)
-    yield "where it went, MiB, by K2's own accounting", "bold"
-    yield f"  {'':<24}" + "".join(f"{name:>22}" for name in tables), ""
-    for name in rows:
-        yield f"  {name:<24}" + "".join(f"{_mib(table.get(name, 0)):>22}" for table in tables.values()), ""
-    yield f"  {'the reservation':<24}" + "".join(f"{_mib(sum(table.values())):>22}" for table in tables.values()), "bold"
+def _accounting(said: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Both peaks of each placement; every column adds up to a reservation."""
+    columns = {f"{placement} {peak}": table[peak] for placement, table in said.items() for peak in PEAKS}
+    if not columns:
+        return
+    tables = {name: {row: size / (1 << 20) for row, size in column.items()} for name, column in columns.items()}
+    free = {name: table.pop(FREE) for name, table in tables.items()}
+    sums = {name: {FREE: free[name], "the reservation": free[name] + sum(table.values())} for name, table in tables.items()}
+    yield from _table("where it went by K2's own accounting, MiB", {name: tables[name] | sums[name] for name in tables}, "8.1f")
 
 
-def _mib(size: int) -> str:
-    return f"{size / (1 << 20):7.1f}"
+def _table(title: str, columns: dict[str, dict[str, float]], form: str) -> Iterator[tuple[str, str]]:
+    yield f"  {title:<42}" + "".join(f"{name.partition(' ')[0]:>10}" for name in columns), "bold"
+    if any(" " in name for name in columns):
+        yield f"  {'':<42}" + "".join(f"{name.partition(' ')[2]:>10}" for name in columns), ""
+    for row in dict.fromkeys(row for column in columns.values() for row in column):
+        yield f"  {row:<42}" + "".join(f"{format(column.get(row, 0), form):>10}" for column in columns.values()), ""

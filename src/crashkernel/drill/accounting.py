@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from crashkernel.placement.plan import LoadPlan
 
 Peak = Literal["unpacking", "saving"]
+PEAKS: tuple[Peak, ...] = ("unpacking", "saving")
 
 FREE = "free"
 INITRD: SegmentContent = "initrd"
