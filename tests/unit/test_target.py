@@ -162,6 +162,20 @@ def test_a_mount_that_is_missing_is_no_directory_to_be_made(tmp_path):
     assert not names(tmp_path)
 
 
+def test_what_an_attempt_says_arrives_whole(tmp_path):
+    """Also what is longer than a pipe has room, and many small things at once."""
+    sentences = [f"{number} " + "x" * size for number, size in enumerate((0, 1, 70_000, 300_000, 3, 65_536, *range(200)))]
+
+    class Talkative(FileTarget):
+        def warnings(self):
+            return sentences
+
+    lines = []
+    save(writer(SIZE), [Talkative(str(tmp_path / "mine"))], CRASH, report=lines.append)
+    assert lines == sentences
+    assert is_whole(tmp_path / "mine", dump_bytes(SIZE))
+
+
 def test_the_log_comes_first(tmp_path):
     seen = []
 
