@@ -180,14 +180,18 @@ def _entered(share: Share) -> Iterator[_OwnEntry]:
 
 def _turn(own: _OwnEntry, waiting: Callable[[str], None]) -> Path:
     """Wait until there is room, and nobody who came earlier waits for it; where the room is."""
-    told = ""
+    told, waited = "", False
     while True:
         remove_leftovers()
         with _guarded():
             entries = [entry for entry in _read() if entry.number != own.number]
             admitted = [entry for entry in entries if entry.admitted]
             earlier = [entry for entry in entries if not entry.admitted and entry.number < own.number]
-            reason = f"{len(earlier)} drills that came earlier" if earlier else _shortage(own.share, admitted)
+            reason = (
+                f"{len(earlier)} drill{'s' * (len(earlier) > 1)} that came earlier"
+                if earlier
+                else _shortage(own.share, admitted)
+            )
             place = None if reason else _roomy(own.share, admitted)
             if place:
                 own.admit()
@@ -198,8 +202,9 @@ def _turn(own: _OwnEntry, waiting: Callable[[str], None]) -> Path:
                 hint="free some, set TMPDIR, or use a smaller --memory",
             )
         reason = reason or f"{format_size(own.share.memory)} of room"
-        if reason != told:
+        if waited and reason != told:  # a turn that comes at once is no waiting
             waiting(told := reason)
+        waited = True
         time.sleep(_PATIENCE)
 
 
