@@ -42,7 +42,7 @@ def browser(tmp_path_factory):
 def reach(tmp_path_factory):
     """A campaign with some of everything, and its page."""
     directory = tmp_path_factory.mktemp("reach")
-    campaign = read_campaign(campaigns.reach(directory / "reach.db", drills=190))
+    campaign = read_campaign(campaigns.add_size(campaigns.reach(directory / "reach.db", drills=190)))
     (directory / "reach.html").write_text(campaign_html(campaign))
     return campaign, directory / "reach.html"
 

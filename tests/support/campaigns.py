@@ -84,6 +84,47 @@ def write_campaign(path, drills, *, name="reach", workers=2, end="done"):
     return path
 
 
+SIZED = {
+    "title": "debian:bookworm, pseries POWER9 radix, 1 CPU, 2 GiB, crashkernel=112M, zero, capture 31 zstd to disk",
+    "placement": "zero",
+    "command": "crashkernel drill --placement=zero --crashkernel=112M --capture=31",
+    "found": 112 << 20,
+    "passed": 4,
+    "failed": 108 << 20,
+    "margin": 25,
+    "recommended": 144 << 20,
+    "crashkernel": "144M",
+    "estimate": 115 << 20,
+    "distributions": [
+        {"vendor": "rhel", "size": 385 << 20, "source": "kdump-utils"},
+        {"vendor": "suse", "size": 0, "source": ""},
+    ],
+    "accounting": {
+        "reservation": 112 << 20,
+        "page_size": 65536,
+        "peak": "saving",
+        "unpacking": {"K2's image": 40 << 20, "initrd as loaded": 30 << 20, "slabs": 12 << 20, "free": 30 << 20},
+        "saving": {
+            "K2's image": 40 << 20,
+            "processes": 40 << 20,
+            "slabs": 12 << 20,
+            "else reserved at boot": -3,
+            "free": 20 << 20,
+        },
+    },
+    "trials": [],
+}
+"""What `crashkernel size` says, as it is put into a database."""
+
+
+def add_size(path, result=SIZED):
+    """Add what `crashkernel size --into` adds."""
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        row = (result["title"], "{}", json.dumps(result), result["found"], result["recommended"], BEGUN.isoformat())
+        database.execute("INSERT INTO size VALUES (?, ?, ?, ?, ?, ?)", row)
+    return path
+
+
 def alter(path, *statements):
     """SQL on a closed database."""
     with contextlib.closing(sqlite3.connect(path)) as database, database:

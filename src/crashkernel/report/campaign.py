@@ -138,21 +138,32 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """What `crashkernel size` found, in bytes."""
+    """What `crashkernel size` found: the smallest reservation that did. Sizes are in bytes, None for what it does not say."""
 
     title: str
+    command: str  # drills with what was found
     found: int
     recommended: int | None
-    result: Mapping[str, Any]
-    created: str
+    failed: int | None  # the largest that did not do, 0 if none was seen to fail
+    passed: int | None  # drills with what was found, each of which passed
+    compared: tuple[tuple[str, int], ...]  # what others say, by name
+    peaks: tuple[tuple[str, tuple[tuple[str, int], ...]], ...]  # when K2 had least, and what took its memory then
+    result: Mapping[str, Any]  # all that `crashkernel size` said
 
     @property
     def facts(self) -> list[str]:
         """What was found, one line each."""
-        facts = [f"found {format_size(self.found)}"]
-        if self.recommended is not None:
-            facts.append(f"recommended here {format_size(self.recommended)}")
-        return facts
+        found = f"{format_size(self.found)} was enough"
+        if self.passed:
+            found += f", {self.passed} times of {self.passed}"
+        if self.failed is not None:
+            found += f"; {format_size(self.failed)} was not" if self.failed else "; nothing smaller was seen to fail"
+        return [*([f"recommended: crashkernel={self.recommended >> 20}M"] if self.recommended else []), found]
+
+    @property
+    def bars(self) -> tuple[tuple[str, int], ...]:
+        """All sizes that are worth a comparison, by name."""
+        return (("found", self.found), *([("recommended here", self.recommended)] if self.recommended else []), *self.compared)
 
 
 @dataclass(frozen=True, slots=True)
@@ -568,7 +579,7 @@ def read_campaign(path: Path) -> Campaign:
         raise EnvironmentFault(
             f"cannot read {path}: {error}", hint="is it another user's, or in use by something that locks it?"
         ) from error
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # of names in a damaged schema
         raise FormatError(f"not a campaign's database: {error}", source=source) from error
 
 
@@ -669,8 +680,6 @@ class _Reader:
 
     def _result(self, row: _Values, stages: tuple[tuple[str, float], ...]) -> Result:
         record = _json_object(row.text("record"))
-        compared = record.get("bytes_compared")
-        faults = record.get("faults")
         return Result(
             verdict=row.one_of("verdict", ("PASS", "FAIL", "ERROR")),
             stage=row.text("stage"),
@@ -686,21 +695,30 @@ class _Reader:
             host=row.text("host"),
             attempt=row.whole("attempt"),
             stages=stages,
-            compared=compared if isinstance(compared, int) and not isinstance(compared, bool) and compared >= 0 else None,
-            told=tuple(
-                str(fault["told"])
-                for fault in (faults if isinstance(faults, list) else ())
-                if isinstance(fault, dict) and fault.get("told")
-            ),
+            compared=_count(record.get("bytes_compared")),
+            told=tuple(str(fault["told"]) for fault in _objects(record.get("faults")) if fault.get("told")),
         )
 
     def _size(self, row: _Values) -> Size:
+        result = _json_object(row.text("result"))
+        others = [("estimated by crashkernel plan", result.get("estimate"))]
+        others += [(f"recommended by {each.get('vendor')}", each.get("size")) for each in _objects(result.get("distributions"))]
+        accounting = result.get("accounting")
+        tables = ((peak, accounting.get(peak)) for peak in ("unpacking", "saving")) if isinstance(accounting, dict) else ()
         return Size(
             title=row.text("title"),
+            command=str(result.get("command") or ""),
             found=row.whole("found"),
             recommended=None if row["recommended"] is None else row.whole("recommended"),
-            result=_json_object(row.text("result")),
-            created=row.text("created"),
+            failed=_count(result.get("failed")),
+            passed=_count(result.get("passed")),
+            compared=tuple((name, size) for name, said in others if (size := _count(said)) is not None),
+            peaks=tuple(
+                (peak, tuple((name, size) for name, said in table.items() if (size := _count(said))))
+                for peak, table in tables
+                if isinstance(table, dict)
+            ),
+            result=result,
         )
 
     def _evidence(self, wanted: set[int]) -> Iterator[tuple[int, Evidence]]:
@@ -779,8 +797,17 @@ def _json_object(text: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def _objects(value: Any) -> list[dict[str, Any]]:
+    """The objects of a list in JSON; what is none has none."""
+    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 64 else None
+
+
 def _wrong(ranges: Any) -> Iterator[tuple[Range, str]]:
-    for each in ranges if isinstance(ranges, list) else ():
+    for each in _objects(ranges):
         with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
             start, _, end = each["range"].partition("-")
             yield Range(int(start, 16), int(end, 16)), str(each.get("what") or "")

@@ -20,7 +20,7 @@ from crashkernel.report.svg import GAP_PATTERN, LANE_FILLS, escaped, moment_styl
 from crashkernel.report.terminal import tail
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from crashkernel.report.campaign import Campaign, Cell, Drill, Failures, Spread, Table
     from crashkernel.report.svg import Moment
@@ -37,13 +37,19 @@ _WRONG_SHOWN = 8
 
 _VERDICTS = {0: "all as expected", 1: "NOT as expected", 3: "not complete"}
 
+_PARTS = (
+    *("#005faf", "#0a7d78", "#a64800", "#8a3f9e", "#6b6b00", "#b3261e", "#4d6a9a", "#2f7a2f", "#8c5a3c", "#c2185b", "#00798c"),
+    *("#767676", "#3d4f5c", "#a0522d"),
+)
+"""Colours of the parts of a bar that has a list with their names beside it: on light and on dark."""
+
 _CSS = """
 :root{--passed:#dff2e7;--passed-ink:#064a2e;--known:#dcebfa;--known-ink:#0c3f6e;--missing:#ececec;--missing-ink:#454545;
   --error:#f6ecc4;--error-ink:#5c4800;--surprise:#fbe3d0;--surprise-ink:#7a3200;--failed:#b3261e;--failed-ink:#fff;
-  --zero:#a64800;--reserved:#005faf;--rest:#0a7d78;--idle:#767676}
+  --zero:#a64800;--reserved:#005faf}
 @media(prefers-color-scheme:dark){:root{--passed:#12402b;--passed-ink:#c9f0db;--known:#15395c;--known-ink:#cfe5fb;
   --missing:#34393e;--missing-ink:#d5d8db;--error:#4d4008;--error-ink:#fbeeb0;--surprise:#5a2c0a;--surprise-ink:#fddfc8;
-  --failed:#c4362d;--failed-ink:#fff;--zero:#f29a4a;--reserved:#6cb2f5;--rest:#3fb8b2;--idle:#9a9a9a}}
+  --failed:#c4362d;--failed-ink:#fff;--zero:#f29a4a;--reserved:#6cb2f5}}
 *{box-sizing:border-box}
 html{scroll-padding-top:1rem}
 body{margin:0 auto;max-width:76rem;padding:1rem 1.25rem 3rem;background:var(--page);color:var(--text);
@@ -109,6 +115,9 @@ th[scope=rowgroup]{padding-top:1rem}
 .strip line{stroke:var(--ink,var(--text));stroke-width:1.5}
 .strip .median{stroke-width:3}
 .dot{display:inline-block;width:.7rem;height:.7rem;border-radius:2px;background:var(--ink,var(--text));margin-right:.4rem}
+.sizes{width:auto;min-width:min(100%,40rem)}.sizes td:last-child{width:100%;min-width:5rem}
+.sizes i{display:block;height:.9rem;border-radius:3px;background:var(--soft)}.sizes .own i{background:var(--reserved)}
+.sizes .own th{font-weight:700}.sizes th{white-space:nowrap}
 .map{display:block;width:100%;min-width:44rem;height:auto}
 .maps{margin:.3rem 0}
 .key{display:flex;flex-wrap:wrap;gap:.3rem 1rem;list-style:none;padding:0;margin:.5rem 0;font-size:.85rem}
@@ -144,7 +153,7 @@ footer{margin-top:3rem;color:var(--soft);font-size:.85rem;border-top:1px solid v
   :root{color-scheme:light;--page:#fff;--text:#000;--soft:#404040;--line:#b0b0b0;--panel:#f2f2f2;--link:#000;--passed:#dff2e7;
     --passed-ink:#064a2e;--known:#dcebfa;--known-ink:#0c3f6e;--missing:#ececec;--missing-ink:#454545;--error:#f6ecc4;
     --error-ink:#5c4800;--surprise:#fbe3d0;--surprise-ink:#7a3200;--failed:#b3261e;--failed-ink:#fff;--zero:#a64800;
-    --reserved:#005faf;--rest:#0a7d78;--idle:#767676}
+    --reserved:#005faf}
   *{print-color-adjust:exact;-webkit-print-color-adjust:exact}
   body{max-width:none;padding:0;font-size:9.5pt}nav,.filter,.copy,.skip{display:none!important}
   details::details-content{content-visibility:visible!important;display:block!important}
@@ -324,7 +333,7 @@ class _Page:
             '<div class="inside"><dl class="about">',
             *(f"<dt>{name}</dt><dd>{escaped(value)}</dd>" for name, value in about if value),
             "</dl><h4>Drill it again</h4>",
-            _command(drill),
+            _command(drill.command),
         ]
         if result.verdict != "PASS" and evidence is not None:
             parts += self._console(evidence.console)
@@ -413,9 +422,9 @@ class _Page:
         return parts
 
 
-def _command(drill: Drill) -> str:
+def _command(command: str) -> str:
     """Its words are elements, so that no line ends behind the dashes of an option."""
-    words = " ".join(f"<b>{escaped(word)}</b>" for word in drill.command.split(" "))
+    words = " ".join(f"<b>{escaped(word)}</b>" for word in command.split(" "))
     return f'<div class="again"><pre class="command">{words}</pre></div>'
 
 
@@ -509,15 +518,8 @@ def _times(campaign: Campaign) -> list[str]:
     parts = []
     if (shares := campaign.shares) is not None:
         names = ("the two boots", "the rest of the drills", "no drill")
-        fills = ("var(--reserved)", "var(--rest)", "var(--idle)")
-        told = ", ".join(f"{name} {share:.0%}" for name, share in zip(names, shares, strict=True))
-        bars = "".join(f'<i style="flex:{share:.4f};background:{fill}"></i>' for share, fill in zip(shares, fills, strict=True))
-        parts += [f'<div class="share" role="img" aria-label="{told}">{bars}</div><ul class="key">']
-        parts += [
-            f'<li><i style="background:{fill}"></i>{name} {share:.0%}</li>'
-            for name, share, fill in zip(names, shares, fills, strict=True)
-        ]
-        parts.append("</ul><p class='soft'>What the workers' time went into.</p>")
+        parts += _stacked([(n, share, f"{share:.0%}") for n, share in zip(names, shares, strict=True)], _colours(names))
+        parts.append("<p class='soft'>What the workers' time went into.</p>")
     if not campaign.totals:
         return parts
     heads = {"stage": "", "placement": "", "drills": "n wide", "least": "n wide", "median": "n", "95 %": "n wide", "most": "n"}
@@ -574,8 +576,36 @@ def _sizes(campaign: Campaign) -> list[str]:
     for size in campaign.sizes:
         parts.append(f'<article class="group"><h3>{escaped(size.title)}</h3>')
         parts += [f"<p>{escaped(fact)}</p>" for fact in size.facts]
+        most = max(1, *(each for _, each in size.bars))
+        parts.append('<div class="scroll" tabindex="0"><table class="sizes"><caption>Beside what others say</caption><tbody>')
+        for number, (name, each) in enumerate(size.bars):
+            own = ' class="own"' if number < len(size.bars) - len(size.compared) else ""
+            parts.append(
+                f'<tr{own}><th scope="row">{escaped(name)}</th><td class="n">{format_size(each) if each else "nothing"}</td>'
+                f'<td><i style="width:{each / most:.2%}"></i></td></tr>'
+            )
+        parts.append("</tbody></table></div>")
+        fills = _colours(name for _, table in size.peaks for name, _ in table)
+        for peak, table in size.peaks:
+            parts += [
+                f"<h4>Where it went, {peak}</h4>",
+                *_stacked([(name, each, format_size(each)) for name, each in table], fills),
+            ]
+        if size.command:
+            parts += ["<h4>Drill it again</h4>", _command(size.command)]
         parts.append("</article>")
     return parts
+
+
+def _stacked(parts: Sequence[tuple[str, float, str]], fills: Mapping[str, str]) -> list[str]:
+    """A bar of all parts (names, how large they are, and the same in words) and the list that names them."""
+    bars = "".join(f'<i style="flex:{size:g};background:{fills[name]}"></i>' for name, size, _ in parts)
+    listed = (f'<li><i style="background:{fills[name]}"></i>{escaped(name)} {words}</li>' for name, _, words in parts)
+    return [f'<div class="share" aria-hidden="true">{bars}</div><ul class="key">', *listed, "</ul>"]
+
+
+def _colours(names: Iterable[str]) -> dict[str, str]:
+    return {name: _PARTS[number % len(_PARTS)] for number, name in enumerate(dict.fromkeys(names))}
 
 
 # ---------------------------------------------------------------------------------------------------------------- all drills
@@ -602,7 +632,7 @@ def _list(campaign: Campaign) -> list[str]:
         number = f'<a href="#drill-{drill.number}">{drill.number}</a>' if told else str(drill.number)
         more = "".join(f'<span class="told">{escaped(each)}</span>' for each in (result.told if result else ()))
         if not told:
-            more += f"<details><summary>command</summary>{_command(drill)}</details>"
+            more += f"<details><summary>command</summary>{_command(drill.command)}</details>"
         compared = format_size(result.compared) if result and result.compared else ""
         parts.append(
             f'<tr{here} data-standing="{drill.standing}"><td class="n">{number}</td><td><span class="badge {drill.standing}">'

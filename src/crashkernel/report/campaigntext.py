@@ -10,7 +10,7 @@ from crashkernel.report.terminal import paint, visible, wrap
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from crashkernel.report.campaign import Campaign, Cell, Failures, Spread, Table
+    from crashkernel.report.campaign import Campaign, Cell, Failures, Size, Spread, Table
 
 _INKS: dict[Standing, tuple[str, str]] = {
     "failed": ("#ffffff", "#af0000"),
@@ -42,9 +42,26 @@ def draw_campaign(campaign: Campaign, colour: bool = False, width: int = 80) -> 
     if campaign.sizes:
         lines += ["", _title("smallest reservations found", colour)]
         for size in campaign.sizes:
-            lines += wrap(size.title, width, "  ", "  ")
-            lines += [line for fact in size.facts for line in wrap(fact, width, "    ", "      ")]
+            lines += ["", *_size(size, width)]
     return "\n".join(lines)
+
+
+def _size(size: Size, width: int) -> list[str]:
+    lines = wrap(size.title, width, "  ", "  ")
+    lines += [line for fact in size.facts for line in wrap(fact, width, "    ", "      ")]
+    column = max(len(visible(name)) for name, _ in size.bars)
+    most = max(1, *(each for _, each in size.bars))
+    for name, each in size.bars:
+        lines.append(f"    {visible(name):<{column}}{_mib(each)}  {'=' * round(each / most * _BOX)}".rstrip())
+    for peak, table in size.peaks:
+        lines.append(f"    where it went, {peak}")
+        column = max((len(visible(name)) for name, _ in table), default=0)
+        lines += [f"      {visible(name):<{column}}{_mib(each)}" for name, each in table]
+    return lines
+
+
+def _mib(size: int) -> str:
+    return f"{size / (1 << 20):9.1f} MiB"
 
 
 def _title(text: str, colour: bool) -> str:
