@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from crashkernel.report.campaign import read_campaign
 from crashkernel.report.campaignpage import campaign_html
+from crashkernel.report.results import read_campaign
 from support import campaigns
 from support.browser import OPTIONS, Browser
 

@@ -7,8 +7,8 @@ import pytest
 
 from crashkernel.campaign.file import PlannedDrill
 from crashkernel.drill.request import DrillRequest
-from crashkernel.report.campaign import read_campaign
 from crashkernel.report.campaignpage import campaign_html
+from crashkernel.report.results import read_campaign
 from support import campaigns
 from support.browser import DESK, PHONE
 

@@ -16,10 +16,11 @@ from crashkernel.campaign.file import PlannedDrill
 from crashkernel.drill.request import DrillRequest
 from crashkernel.errors import CrashkernelError, FormatError, UsageError
 from crashkernel.memory import Range
-from crashkernel.report.campaign import STANDINGS, Evidence, Spread, duration, read_campaign
+from crashkernel.report.campaign import STANDINGS, Evidence, Spread, duration
 from crashkernel.report.campaignjson import figures
 from crashkernel.report.campaignpage import campaign_html
 from crashkernel.report.campaigntext import draw_campaign
+from crashkernel.report.results import read_campaign
 from crashkernel.report.terminal import tail
 from support import campaigns
 from support.webpage import HOSTILE, Page

@@ -18,7 +18,7 @@ from crashkernel.campaign.store import Result, Store, connect, read_evidence
 from crashkernel.cli.twin import add_commands
 from crashkernel.drill.request import DrillRequest
 from crashkernel.errors import EnvironmentFault, FormatError, UsageError
-from crashkernel.report.campaign import read_campaign
+from crashkernel.report.results import read_campaign
 
 MATRIX = 'name = "t"\n[[matrix]]\nsmp = [1, 2]\nplacement = ["zero", "reserved"]\n'
 RESULT = Result(

@@ -18,7 +18,8 @@ from crashkernel.drill.budget import Share, limit
 from crashkernel.drill.request import DrillRequest
 from crashkernel.errors import UsageError
 from crashkernel.memory import parse_size
-from crashkernel.report.campaign import EXPECTED, duration, read_campaign
+from crashkernel.report.campaign import EXPECTED, duration
+from crashkernel.report.results import read_campaign
 from crashkernel.report.terminal import visible
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 from crashkernel.cli.command import add_command, write
-from crashkernel.report.campaign import read_campaign
 from crashkernel.report.campaignjson import figures
 from crashkernel.report.campaignpage import campaign_html
 from crashkernel.report.campaigntext import draw_campaign
+from crashkernel.report.results import read_campaign
 from crashkernel.report.terminal import visible
 
 _EPILOG = """examples:

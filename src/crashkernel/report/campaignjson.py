@@ -21,7 +21,7 @@ def figures(campaign: Campaign) -> dict[str, Any]:
         "wall_seconds": campaign.wall_seconds,
         "core_seconds": campaign.core_seconds,
         "drills_per_core_hour": campaign.rate,
-        "shares": None if shares is None else dict(zip(("boots", "rest_of_drills", "no_drill"), shares, strict=True)),
+        "shares": None if shares is None else dict(zip(("boots", "rest_of_drills", "waiting"), shares, strict=True)),
         "created": campaign.created,
         "version": campaign.version,
         "host": dict(campaign.host),

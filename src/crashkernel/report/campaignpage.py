@@ -39,7 +39,7 @@ _VERDICTS = {0: "all as expected", 1: "NOT as expected", 3: "not complete"}
 
 _PARTS = (
     *("#005faf", "#0a7d78", "#a64800", "#8a3f9e", "#6b6b00", "#b3261e", "#4d6a9a", "#2f7a2f", "#8c5a3c", "#c2185b", "#00798c"),
-    *("#767676", "#3d4f5c", "#a0522d"),
+    *("#a0522d", "#3d5a3c", "#5c3d8f"),
 )
 """Colours of the parts of a bar that has a list with their names beside it: on light and on dark."""
 
@@ -90,7 +90,8 @@ nav a{display:block;padding:.4rem .75rem;border:1px solid var(--line);border-rad
 summary{cursor:pointer;padding:.5rem 0;min-height:2.75rem}
 .drill summary{font-weight:600}
 .inside{padding-left:1rem}
-.inside h4{font-size:.9rem;margin:.9rem 0 .2rem}
+h4{font-size:.9rem;margin:.9rem 0 .2rem}
+th small{font-size:.9em}
 .about{display:grid;grid-template-columns:max-content 1fr;gap:.1rem .9rem;margin:.2rem 0;font-size:.9rem}
 .about dt{color:var(--soft)}.about dd{margin:0}
 .scroll{overflow-x:auto;position:relative}
@@ -488,7 +489,7 @@ def _matrix(table: Table, what: str) -> list[str]:
                     if cell and cell.first.result and cell.first.result.release
                 }
             )
-            more = f' <small class="soft">{escaped(", ".join(releases))}</small>' if table.heads[0].startswith("K1") else ""
+            more = f" <small>{escaped(', '.join(releases))}</small>" if table.heads[0].startswith("K1") else ""
             parts.append("</tbody><tbody>" if row is not table.rows[0] else "")
             wide = len(heads) + len(table.columns)
             parts.append(f'<tr><th scope="rowgroup" colspan="{wide}">{escaped(before)}{more}</th></tr>')
@@ -517,7 +518,7 @@ def _cell(cell: Cell | None) -> str:
 def _times(campaign: Campaign) -> list[str]:
     parts = []
     if (shares := campaign.shares) is not None:
-        names = ("the two boots", "the rest of the drills", "no drill")
+        names = ("the two boots", "the rest of the drills", "waiting")
         parts += _stacked([(n, share, f"{share:.0%}") for n, share in zip(names, shares, strict=True)], _colours(names))
         parts.append("<p class='soft'>What the workers' time went into.</p>")
     if not campaign.totals:
@@ -605,7 +606,9 @@ def _stacked(parts: Sequence[tuple[str, float, str]], fills: Mapping[str, str]) 
 
 
 def _colours(names: Iterable[str]) -> dict[str, str]:
-    return {name: _PARTS[number % len(_PARTS)] for number, name in enumerate(dict.fromkeys(names))}
+    """A colour for each name; grey for what nothing took."""
+    fills = {name: _PARTS[number % len(_PARTS)] for number, name in enumerate(dict.fromkeys(names))}
+    return fills | {name: "#8c8c8c" for name in ("free", "waiting") if name in fills}
 
 
 # ---------------------------------------------------------------------------------------------------------------- all drills
