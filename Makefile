@@ -6,6 +6,8 @@
 #   make bench    a drill against the two boots it contains
 #   make bench-purgatory  the purgatory alone, on thousands of generated plans (a minute or two)
 #   make bench-capture  capture beside makedumpfile, on a real vmcore (half an hour)
+#   make reach    every kernel of Debian's on every machine, and the README's table (an hour or so on two cores)
+#   make kill-campaign  forty drills whose workers and driver are killed meanwhile (a quarter of an hour)
 #   make big-endian  a big-endian kernel for drills, built from source (docs/big-endian.md)
 #   make wheel    the distributable package, in dist/
 #   make purgatory  assemble the purgatory after a change of purgatory.S
@@ -27,7 +29,7 @@ endef
 need = $(call wanted,command -v $(1) >/dev/null,$(2))
 need_library = $(call wanted,/sbin/ldconfig -p | grep -qF '$(1)',$(2))
 
-.PHONY: setup qemu binutils codecs readers browser drill test check bench bench-purgatory bench-capture big-endian wheel purgatory clean
+.PHONY: setup qemu binutils codecs readers browser drill test check bench bench-purgatory bench-capture reach kill-campaign big-endian wheel purgatory clean
 
 setup: $(VENV)/.ready
 
@@ -80,7 +82,7 @@ check: setup binutils codecs
 	$(BIN)/pytest $(PARALLEL) tests/unit
 
 test: check qemu readers browser
-	$(BIN)/pytest $(PARALLEL) tests/bench tests/drill tests/capture tests/report
+	$(BIN)/pytest $(PARALLEL) tests/bench tests/drill tests/capture tests/campaign tests/report
 
 bench: setup qemu
 	$(BIN)/crashkernel bench drill
@@ -90,6 +92,13 @@ bench-purgatory: setup qemu
 
 bench-capture: setup readers
 	$(BIN)/crashkernel bench capture
+
+reach: setup qemu codecs
+	$(BIN)/crashkernel campaign run campaigns/reach.toml --junit reach.xml; status=$$?; \
+	  $(BIN)/crashkernel campaign table reach.sqlite --update README.md && exit $$status
+
+kill-campaign: setup qemu
+	$(BIN)/python tests/campaign/killed.py
 
 big-endian: setup
 	$(call need,powerpc64-linux-gnu-gcc,gcc-powerpc64-linux-gnu libc6-dev-ppc64-cross)

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
     from distributed import Client
 
-_CONNECT = 30  # seconds to find a scheduler, and a worker
+_CONNECT = 10  # seconds to find a scheduler
+_FIRST = 60  # seconds until there is a worker
 _HASTE = 15  # seconds: a worker that dies sooner, time after time, cannot live here
 _MOST_HASTY = 20
 _FAREWELL = 10  # seconds for workers to end
@@ -86,7 +87,7 @@ class _LocalWorkers(Workers):
             running = subprocess.Popen(
                 ["setpriv", "--pdeathsig", "KILL", sys.executable, "-m", "distributed.cli.dask_worker", self._address,
                  "--name", str(self._started), "--nthreads", "1", "--no-nanny", "--no-dashboard", "--memory-limit", "0",
-                 "--local-directory", str(self._scratch), "--death-timeout", str(_CONNECT)],
+                 "--local-directory", str(self._scratch), "--death-timeout", str(_FIRST)],
                 # a session of its own: a Ctrl-C is the driver's to handle
                 stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, start_new_session=True,
             )  # fmt: skip
@@ -121,15 +122,16 @@ def connected(scheduler: str, count: int) -> Iterator[Workers]:
         # as often as it takes: whoever kills workers is not to cost a drill its result
         settled = {"distributed.scheduler.allowed-failures": 30, "temporary-directory": str(scratch)}
         stack.enter_context(dask.config.set(settled))
-        cluster = stack.enter_context(LocalCluster(n_workers=0, dashboard_address=None, silence_logs=_SILENT))
+        quiet = {"dashboard_address": "127.0.0.1:0", "scheduler_kwargs": {"dashboard": False}, "silence_logs": _SILENT}
+        cluster = stack.enter_context(LocalCluster(n_workers=0, **quiet))
         client = stack.enter_context(Client(cluster, set_as_default=False))
         workers = _LocalWorkers(client, cluster.scheduler_address, count, scratch)
         stack.callback(workers.end)
-        deadline = time.monotonic() + _CONNECT
+        deadline = time.monotonic() + _FIRST
         while not workers.slots:
             workers.tend()
             if time.monotonic() > deadline:
-                raise EnvironmentFault(f"no worker started within {_CONNECT} s")
+                raise EnvironmentFault(f"no worker started within {_FIRST} s")
             time.sleep(0.1)
         yield workers
 
@@ -145,7 +147,7 @@ def _client_of(scheduler: str) -> Iterator[Client]:
         raise EnvironmentFault(f"no Dask scheduler at {scheduler}: {error}", hint=hint) from error
     with client:
         try:
-            client.wait_for_workers(1, timeout=_CONNECT)
+            client.wait_for_workers(1, timeout=_FIRST)
         except TimeoutError as error:
             raise EnvironmentFault(f"the scheduler at {scheduler} has no worker", hint=hint) from error
         _require_equipped(client)
