@@ -39,7 +39,7 @@ record = real[("pass-" if passed else "fail-") + options["placement"]]["record"]
 left = max(0, size - border)
 table = {"K2's image": (size - left) << 20, "free": left << 20}
 peaks = {"peak": "saving", "unpacking": table, "saving": table}
-record["accounting"] = {"reservation": size << 20, "page_size": 65536, **peaks} if passed else None
+record["accounting"] = {"reservation": size << 20, "page_size": 65536, "spare": left << 20, **peaks} if passed else None
 if os.environ.get("WRONG"):
     record["verdict"], record["failure"], record["bytes_wrong"] = "FAIL", None, 64
 elif not passed:
@@ -79,7 +79,7 @@ def test_the_answer_comes_with_its_trials_and_what_others_say(played, capfd):
     assert "zero: 100M was enough, 4 times of 4; 96M was not; with 25 % more 128M" in out
     assert "reserved: 120M was enough, 4 times of 4; 116M was not; with 25 % more 160M" in out
     assert re.search(r"^  zero +96M  too small +\d+\.\d s  K2 boot: Kernel panic: Out of memory", out, re.MULTILINE)
-    assert re.search(r"^  reserved +120M  passed +\d+\.\d s  0 B free at its lowest", out, re.MULTILINE)
+    assert re.search(r"^  reserved +120M  passed +\d+\.\d s  0 B to spare at its lowest", out, re.MULTILINE)
     assert re.search(r"^  estimated by crashkernel plan: 110 MiB +1\.10 +0\.92$", out, re.MULTILINE)
     assert re.search(r"^  recommended by debian: 320 MiB +3\.20 +2\.67$", out, re.MULTILINE)
     assert re.search(r"^  the reservation +100\.0 +100\.0 +120\.0 +120\.0$", out, re.MULTILINE)

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from crashkernel.campaign.store import connect, utc_now
 from crashkernel.campaign.worker import Task, run_task
-from crashkernel.drill.accounting import FREE
 from crashkernel.drill.budget import drill_share
 from crashkernel.drill.guest import build_capture_image
 from crashkernel.errors import EnvironmentFault, StageFailed, UsageError, VerificationError
@@ -62,7 +61,7 @@ _DEADLINE = 1200.0  # seconds for one drill
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One drill at `size` bytes. `spare` is what K2 had free at its lowest, None if it did not live to say so."""
+    """One drill at `size` bytes. `spare` is what K2 had to spare at its lowest, None if it did not live to say so."""
 
     size: int
     finding: Finding
@@ -272,8 +271,7 @@ class DrillProbe:
         finding, reason = classify(result)
         record = result.record or {}
         accounting = record.get("accounting")
-        spare = accounting[accounting["peak"]][FREE] if accounting else None
-        return Trial(size, finding, reason, spare, result.seconds, accounting, record)
+        return Trial(size, finding, reason, accounting and accounting["spare"], result.seconds, accounting, record)
 
 
 def at_size(request: DrillRequest, size: int) -> DrillRequest:

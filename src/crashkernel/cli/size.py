@@ -210,8 +210,8 @@ class _Progress:
 
     def ended(self, placement: str, trial: Trial, left: int) -> None:
         """A search has one trial more, and so many to come."""
-        free = "" if trial.spare is None else f"{format_size(trial.spare)} free at its lowest"
-        said = "; ".join(part for part in (trial.reason, free) if part)
+        spare = "" if trial.spare is None else f"{format_size(trial.spare)} to spare at its lowest"
+        said = "; ".join(part for part in (trial.reason, spare) if part)
         with self._lock:
             self._left[placement] = left
             style = {"passed": "green", "too small": "yellow"}.get(trial.finding, "bold yellow")

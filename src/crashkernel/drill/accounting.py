@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Peak = Literal["unpacking", "saving"]
 PEAKS: tuple[Peak, ...] = ("unpacking", "saving")
 
-FREE = "free"
+FREE, CACHE = "free", "page cache"
 INITRD: SegmentContent = "initrd"
 
 
@@ -40,13 +40,18 @@ class Accounting:
 
     @property
     def peak(self) -> Peak:
-        """The worse of the two: the one that left less free."""
-        return "unpacking" if self.unpacking[FREE] < self.saving[FREE] else "saving"
+        """The worse of the two: the one that had less to spare."""
+        return "unpacking" if _spare(self.unpacking) < _spare(self.saving) else "saving"
 
     @property
     def at_peak(self) -> dict[str, int]:
         """The table of the worse peak."""
         return self.unpacking if self.peak == "unpacking" else self.saving
+
+    @property
+    def spare(self) -> int:
+        """What K2 could still have had at the worse peak: free pages, and those of its page cache."""
+        return _spare(self.at_peak)
 
     def record(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -54,6 +59,7 @@ class Accounting:
             "reservation": self.reservation,
             "page_size": self.page_size,
             "peak": self.peak,
+            "spare": self.spare,
             "unpacking": self.unpacking,
             "saving": self.saving,
         }
@@ -115,7 +121,7 @@ def _table(said: dict[str, int], boot: _Boot, plan: LoadPlan, mmu: Mmu, *, unpac
     at_work = {
         "initrd as loaded": loaded,
         "initrd unpacked": min(unpacked, files),
-        "page cache": files - min(unpacked, files),
+        CACHE: files - min(unpacked, files),
         "slabs": said.get("Slab", 0),
         "kernel stacks": stacks,
         "modules, vmalloc": max(0, said.get("VmallocUsed", 0) - stacks),
@@ -132,6 +138,10 @@ def _table(said: dict[str, int], boot: _Boot, plan: LoadPlan, mmu: Mmu, *, unpac
     }
     table[FREE] = table.pop(FREE)  # the last row
     return {name: size for name, size in table.items() if size or name == FREE}
+
+
+def _spare(table: dict[str, int]) -> int:
+    return table[FREE] + table.get(CACHE, 0)
 
 
 _STACK = 16 << 10  # THREAD_SIZE, arch/powerpc/Kconfig: THREAD_SHIFT of ppc64

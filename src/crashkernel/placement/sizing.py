@@ -404,7 +404,8 @@ _STARTED_LARGE, _STARTED_SMALL = 7 * _MIB, _MIB
 
 _MOST_CPUS = 8192  # NR_CPUS at its most, arch/powerpc/platforms/Kconfig.cputype
 
-_CAPTURE_PROGRAM = 12 * _MIB
+CAPTURE_PROGRAM = 12 * _MIB
+"""Bytes of a dd or makedumpfile."""
 _CORE_PAGE_BITS = 2  # makedumpfile's two bitmaps of K1's pages
 
 
@@ -419,12 +420,14 @@ def estimate(
     started: int = 1,
     k1_memory: int = 0,
     root: bool = False,
+    program: int = CAPTURE_PROGRAM,
 ) -> Estimate:
     """What a K2 of that image and initrd needs of `k2_memory`, all that is its own. Sizes in bytes.
 
     `page_size` is K2's base page. `cpus` are all that K2's device tree has, unless K2 is given nr_cpus=; `started` those it
-    starts (maxcpus=). `k1_memory` is what it is to save, for the bitmaps of the program that does. Assumed of that program:
-    like makedumpfile on one thread, or dd with blocks of a few MiB; it writes past the page cache or empties it as it goes.
+    starts (maxcpus=). `k1_memory` is what it is to save, for the bitmaps of the program that does. `program` is what that takes
+    besides; assumed is one like makedumpfile on one thread, or dd with blocks of a few MiB, that writes past the page cache
+    or empties it as it goes.
     `root` is whether K2's command line lifts a limit (`whole_root`): see "room that a tmpfs leaves free".
     """
     unpacked = initrd.in_memory(page_size)
@@ -463,7 +466,7 @@ def estimate(
             "init/do_mounts.c, init_rootfs: without root= the initrd goes into a tmpfs, which takes half of memory at most",
             "unpacking",
         ),
-        Need("the program that saves the dump", _CAPTURE_PROGRAM, "assumed: buffers of dd or makedumpfile", "capturing"),
+        Need("the program that saves the dump", program, "assumed: buffers of dd or makedumpfile", "capturing"),
         Need(
             "makedumpfile's bitmaps",
             _bitmaps(k1_memory, page_size),
