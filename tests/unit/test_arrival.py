@@ -8,7 +8,7 @@ import urllib.request
 
 import pytest
 
-from crashkernel.drill.arrival import BLANK, LOG, MANIFEST, arrival, from_disk, from_receiver
+from crashkernel.drill.arrival import BLANK, LOG, MANIFEST, arrival, from_disk, from_receiver, whole_dumps
 from crashkernel.drill.saving import Footprint, Saving
 from crashkernel.errors import UsageError, VerificationError
 
@@ -48,6 +48,25 @@ class TestDisk:
         disk.write_bytes(data)
         with pytest.raises(VerificationError, match=problem):
             from_disk(disk, tmp_path)
+
+    @pytest.mark.parametrize(
+        ("data", "whole"), [(disk_of(), ["K2's disk"]), (disk_of(state=0), []), (bytes(BLANK), []), (b"\xa5" * BLANK, [])]
+    )
+    def test_what_says_that_it_is_whole(self, disk, tmp_path, data, whole):
+        disk.write_bytes(data)
+        assert whole_dumps(disk, tmp_path) == whole
+
+    def test_what_is_told_with_a_fallback(self, disk, tmp_path):
+        async def told(to):
+            async with arrival(Saving(31, to=to), disk, tmp_path / to, fallback=True) as arriving:
+                return [each for each in arriving.arguments if each.startswith("--to=")], arriving.token
+
+        for to, last in (("disk", "--to=http://10.0.2.2:"), ("network", "--to=/dev/vda")):
+            (tmp_path / to).mkdir()
+            targets, token = asyncio.run(told(to))
+            assert len(targets) == 2
+            assert targets[1].startswith(last), "the other comes last"
+            assert token
 
     def test_what_k2_is_told(self, disk, tmp_path):
         async def told():

@@ -1,14 +1,16 @@
 """The twin's command line, as a table; nothing is started."""
 
+import asyncio
+import contextlib
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from crashkernel.drill.guest import PORT_NAME
-from crashkernel.drill.qemu import Hardware, Wiring, qemu_command
+from crashkernel.drill.qemu import Debugger, Hardware, Wiring, plug_address, qemu_command
 from crashkernel.drill.twin import MACHINES, Twin
-from crashkernel.errors import UsageError
+from crashkernel.errors import EnvironmentFault, UsageError
 
 WIRING = Wiring(Path("/run/twin"))
 
@@ -115,6 +117,120 @@ class TestCommand:
             assert argument
             assert "{" not in argument
             assert "None" not in argument
+
+
+class TestHardware:
+    """What faults need: memory and CPUs that come later, and disks that are slow, broken or not there."""
+
+    @pytest.mark.parametrize("machine", MACHINES)
+    def test_no_disk(self, machine):
+        twin = Twin(machine=machine, cpu="POWER10" if machine == "powernv10" else "POWER9")
+        arguments = command(twin, hardware=Hardware(disk=False, network=True))
+        assert "-blockdev" not in arguments
+        assert not any("drive=disk" in each for each in values(arguments, "-device"))
+        assert any("netdev=net" in each for each in values(arguments, "-device"))
+
+    @pytest.mark.parametrize(
+        ("hardware", "chain"),
+        [
+            (Hardware(), ["file"]),
+            (Hardware(bad_sector=8 << 20), ["file", "blkdebug"]),
+            (Hardware(disk_rate=1 << 20), ["file", "throttle"]),
+            (Hardware(bad_sector=8 << 20, disk_rate=1 << 20), ["file", "blkdebug", "throttle"]),
+        ],
+    )
+    def test_what_stands_before_the_disk(self, hardware, chain):
+        nodes = [
+            dict(pair.split("=", 1) for pair in each.split(","))
+            for each in values(command(Twin(), hardware=hardware), "-blockdev")
+        ]
+        assert [node["driver"] for node in nodes] == chain
+        assert nodes[-1]["node-name"] == "disk"
+        for below, above in pairwise(nodes):
+            assert below["node-name"] in (above.get("image"), above.get("file")), "each stands on the one before"
+
+    def test_the_bad_sector_fails_every_write_and_no_read(self):
+        (node,) = [
+            each for each in values(command(Twin(), hardware=Hardware(bad_sector=8 << 20)), "-blockdev") if "blkdebug" in each
+        ]
+        rule = dict(pair.split("=", 1) for pair in node.split(",") if pair.startswith("inject-error.0."))
+        assert rule["inject-error.0.sector"] == str((8 << 20) // 512)
+        assert (rule["inject-error.0.iotype"], rule["inject-error.0.once"]) == ("write", "off")
+
+    def test_room_for_what_comes_later(self):
+        arguments = command(Twin(smp=2, memory=1 << 30), hardware=Hardware(cpus_to_come=1, memory_to_come=256 << 20))
+        assert value(arguments, "-smp") == "2,maxcpus=3,cores=3,threads=1"
+        assert value(arguments, "-m") == "1024M,slots=1,maxmem=1280M"
+
+    @pytest.mark.parametrize(("memory", "address"), [(1 << 30, 1 << 30), (3 << 29, 2 << 30), (4 << 30, 4 << 30)])
+    def test_where_memory_comes(self, memory, address):
+        assert plug_address(Twin(memory=memory)) == address
+
+    def test_a_panic_that_the_firmware_hears_of(self):
+        assert "-action" not in command(Twin())
+        assert value(command(Twin(), hardware=Hardware(outlives_panic=True)), "-action") == "panic=none"
+
+    def test_more_options_for_k1(self):
+        arguments = command(Twin(), hardware=Hardware(kernel_options=("crash_kexec_post_notifiers",)))
+        assert value(arguments, "-append").endswith(" rdinit=/init crash_kexec_post_notifiers")
+
+
+class TestDebugger:
+    """What is said to QEMU's GDB stub, held against a stub of the test's own."""
+
+    @staticmethod
+    def talk(answers, talk):
+        """What a debugger said, packet by packet, to a stub that gives these answers."""
+        said = []
+
+        async def stub(reader, writer):
+            remaining = list(answers)
+            with contextlib.suppress(asyncio.IncompleteReadError):
+                while True:
+                    await reader.readuntil(b"$")
+                    body = (await reader.readuntil(b"#"))[:-1]
+                    assert int(await reader.readexactly(2), 16) == sum(body) & 0xFF
+                    said.append(body.decode())
+                    answer = remaining.pop(0).encode()
+                    writer.write(b"+$" + answer + b"#%02x" % (sum(answer) & 0xFF))
+            writer.close()
+
+        async def both():
+            server = await asyncio.start_server(stub, "127.0.0.1", 0)
+            reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+            found = await talk(Debugger(reader, writer))
+            writer.close()
+            server.close()
+            return found
+
+        return asyncio.run(both()), said
+
+    @pytest.mark.parametrize(("little", "digits"), [(True, "3412000000000000"), (False, "0000000000001234")])
+    def test_a_register_is_written_in_the_cpu_s_own_byte_order(self, little, digits):
+        _, said = self.talk(
+            ["l<target/>", "OK", "OK"], lambda debugger: debugger.write_register(1, 64, 0x1234, little_endian=little)
+        )
+        assert said == ["qXfer:features:read:target.xml:0,fff", "Hg2", f"P40={digits}"]
+
+    def test_it_reads_what_registers_there_are_only_once(self):
+        async def twice(debugger):
+            for cpu in (0, 1):
+                await debugger.write_register(cpu, 65, 0, little_endian=True)
+
+        _, said = self.talk(["m<target/>", "OK", "OK", "OK", "OK"], twice)
+        assert [each[:2] for each in said] == ["qX", "Hg", "P4", "Hg", "P4"]
+
+    def test_a_refusal_is_an_error(self):
+        with pytest.raises(EnvironmentFault, match=r"answered 'E22' to 'P40="):
+            self.talk(["l", "OK", "E22"], lambda debugger: debugger.write_register(0, 64, 0, little_endian=True))
+
+    @pytest.mark.parametrize(("stop", "cpu"), [("T05thread:01;", 0), ("T05thread:03;swbreak:;", 2), ("S05", 0)])
+    def test_which_cpu_stopped(self, stop, cpu):
+        async def run(debugger):
+            await debugger.resume()
+            return await debugger.stopped()
+
+        assert self.talk([stop], run) == (cpu, ["c"])
 
 
 class TestTwin:

@@ -385,6 +385,51 @@ class TestAnotherCrash:
         assert bench.judge().passed
 
 
+class TestWhoCrashed:
+    """The registers in a dump, where the drill knows more of them than the task's number."""
+
+    def with_notes(self, bench, *notes, vmcoreinfo=None):
+        """K1 saved these, in each CPU's buffer, and the dump has them."""
+        memory = bytearray(bench.memory)
+        for buffer, note in zip(bench.plan.notes[1:], notes, strict=True):
+            memory[buffer.start : buffer.start + len(note)] = note
+        bench.core = core_of(bench.plan, memory)
+        info = bench.core.notes[bench.core.notes.index(b"VMCOREINFO") - 12 :]
+        bench.core.notes = b"".join(notes) + info
+        return {"memory": truth_of(bench.plan, memory, bench.directory).memory}
+
+    def test_on_the_right_cpu(self, bench):
+        truth = self.with_notes(bench, *prstatus_notes((0, PID)))
+        assert bench.judge(**truth, crashed_cpu=1).passed
+        assert_found(bench.judge(**truth, crashed_cpu=0), "the registers of the task that crashed .* are not those of CPU 0")
+
+    def test_a_crash_without_a_word(self, bench):
+        assert bench.judge(panic="", says_why=False).passed
+        assert not bench.judge(panic="").passed, "unless it was to say something"
+
+    def test_whoever_it_was(self, bench):
+        truth = self.with_notes(bench, *prstatus_notes((7, 9)))
+        assert bench.judge(**truth, crashed_pid=None).passed
+        assert_found(bench.judge(**truth), f"no CPU's registers belong to the task that crashed .pid {PID}.")
+
+    def test_whoever_it_was_it_was_a_kernel(self, bench):
+        truth = self.with_notes(bench, *prstatus_notes((7, 9), nip=0x10000))
+        assert_found(bench.judge(**truth, crashed_pid=None), "a CPU's registers are none of a kernel: it was at 0x10000")
+
+    def test_registers_that_the_host_saw(self, bench):
+        nip = KERNEL_BASE + 0x1234
+        seen = {"nip": nip, "gpr1": 0, "link": 0}
+        assert bench.judge(crashed_pid=None, registers=(seen, seen)).passed
+        verdict = bench.judge(crashed_pid=None, registers=(seen, seen | {"gpr1": 0x77}))
+        assert_found(verdict, "no CPU has the registers that one had when K1 was made to die: gpr1 is 0x0, was 0x77")
+        assert not verdict.registers_ok
+
+    def test_of_all_that_is_known_each_must_be_right(self, bench):
+        wrong = ({"nip": 0}, {"nip": KERNEL_BASE + 0x1234})
+        assert not bench.judge(registers=wrong).passed
+        assert not bench.judge(registers=wrong[::-1]).passed
+
+
 class TestExemptions:
     def count(self, bench, value: bytes, at: int = VPA + 0x100) -> None:
         bench.core.write(at, value)

@@ -463,6 +463,10 @@ def _judge_crashed(saved: list[bytes], tasks: list[PrStatus], truth: Truth, plan
         buffer = _note_buffer(plan.notes[1 + truth.crashed_cpu], truth)
         if not any(saved[number] in buffer for number in crashed):
             yield f"the registers of the task that crashed (pid {truth.crashed_pid}) are not those of CPU {truth.crashed_cpu}"
+    if truth.crashed_pid is None and not truth.registers and text is not None:
+        for task in tasks:
+            if task.registers["nip"] - _KERNEL_BASE not in text:
+                yield f"a CPU's registers are none of a kernel: it was at {task.registers['nip']:#x}"
     for wanted in truth.registers:
         if not any(all(task.registers[name] == value for name, value in wanted.items()) for task in tasks):
             yield f"no CPU has the registers that one had when K1 was made to die: {_different(wanted, tasks)}"

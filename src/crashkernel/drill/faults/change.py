@@ -81,10 +81,8 @@ class CpuAdded(_Came):
 
     async def _plug(self, drill: Running) -> None:
         number = await drill.machine.plug_cpu()
-        await have_done(
-            drill.machine,
-            f"while read -r online </sys/devices/system/cpu/cpu{number}/online && [ $online != 1 ]; do sleep 0.1; done",
-        )
+        online = f"/sys/devices/system/cpu/cpu{number}/online"
+        await have_done(drill.machine, f"while [ ! -e {online} ] || [ $(cat {online}) != 1 ]; do sleep 0.1; done")
 
     def judged_by(self, truth: Truth) -> Truth:
         """One more."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _MSR_LE = 1  # Power ISA Book III 4.2.1
 _NIP = 64  # its number in the GDB remote protocol (ppc_cpu_gdb_write_register, target/ppc/gdbstub.c)
+_LOCAL_ENTRY = 8  # bytes from a function's first instruction to where its own kernel enters it (ELFv2 ABI 2.3.2.1)
 _SYSTEM_RESET = "exception 0x0100"  # as the purgatory tells it
 _NULL = 0  # where K1 is sent to: an oops, "Unable to handle kernel instruction fetch (NULL pointer?)"
 
@@ -77,17 +78,18 @@ class _AtFunction(Fault):
 
     async def _trip(self, drill: Running, debugger: Debugger) -> None:
         purgatory = drill.plan.segment("purgatory").range.start
-        for address in (self._address, purgatory):
+        entries = (self._address, self._address + _LOCAL_ENTRY)
+        for address in (*entries, purgatory):
             await debugger.set_breakpoint(address)
         while True:
             await debugger.resume()
             cpu = await debugger.stopped()
             registers = (await drill.machine.registers())[cpu]
-            if registers["nip"] == self._address:
+            if registers["nip"] in entries:
                 break
             if await drill.machine.in_real_mode_at(purgatory):
                 raise GuestSaidNo(f"K1 died without coming to {self.function}")
-        for address in (self._address, purgatory):
+        for address in (*entries, purgatory):
             await debugger.clear_breakpoint(address)
         little = bool(registers["msr"] & _MSR_LE)
         await debugger.write_register(cpu, _NIP, _NULL, little_endian=little)
@@ -105,9 +107,7 @@ class Oops(_AtFunction):
 
     def __init__(self, argument: str = "", seed: int = 0) -> None:
         super().__init__(argument, seed)
-        if not re.fullmatch(r"[A-Za-z_][\w.]*", argument):
-            raise UsageError(f"fault oops:{argument}: no function of a kernel has that name")
-        self.function = argument
+        self.function = _function_name(argument, self.word)
 
     async def loaded(self, drill: Running) -> None:
         """An oops is to end K1."""
@@ -182,7 +182,7 @@ class DoubleCrash(_AtFunction):
 
     def __init__(self, argument: str = "", seed: int = 0) -> None:
         super().__init__(argument, seed)
-        self.function = argument or "default_machine_crash_shutdown"
+        self.function = _function_name(argument or "default_machine_crash_shutdown", self.word)
         self.expects = "told"
 
     @property
@@ -308,6 +308,12 @@ class MemoryPressure(Fault):
 def _exact(registers: Mapping[str, int] | None) -> Mapping[str, int]:
     """What of a CPU's registers goes into its note as it was: not all of the MSR, and r13 is the kernel's own."""
     return {name: value for name, value in (registers or {}).items() if name not in ("msr", "gpr13")}
+
+
+def _function_name(text: str, word: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.]*", text):
+        raise UsageError(f"fault {word}: no function of a kernel has that name")
+    return text
 
 
 def _python(code: str) -> str:
