@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from crashkernel.campaign.file import load_campaign
 from support.havoc import wreak
 
 
@@ -17,7 +18,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", nargs="?", default="campaigns/kill.toml")
     parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--pause", type=float, nargs=2, default=(10, 50), help="seconds between two kills, from and to")
+    parser.add_argument("--delay", type=float, default=20, help="seconds, at most, from a drill's end to a kill")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
     parser.add_argument("--db", type=Path, help="keep the results there")
     arguments = parser.parse_args()
@@ -34,8 +35,9 @@ def main() -> int:
             command,
             db,
             place,
+            drills=len(load_campaign(Path(arguments.file)).drills),
             kills=arguments.kills,
-            pause=tuple(arguments.pause),
+            delay=arguments.delay,
             seed=arguments.seed,
             environment=environment,
         )

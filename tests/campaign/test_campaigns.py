@@ -63,7 +63,7 @@ def test_every_drill_has_one_result_whoever_is_killed(tmp_path, place, environme
     """Ten kills of workers and drivers at random moments; nothing of what they had started is left."""
     file, db = campaign(tmp_path, FORTY)
     seed = int.from_bytes(os.urandom(4))
-    havoc = wreak([*FAKE, str(file), str(db)], db, place, kills=10, pause=(0.8, 2.5), seed=seed, environment=environment)
+    havoc = wreak([*FAKE, str(file), str(db)], db, place, drills=40, kills=10, delay=0.6, seed=seed, environment=environment)
     assert not havoc.problems, f"seed {seed}: {havoc}\n{havoc.output}"
     assert havoc.results == {"PASS": 40}, f"seed {seed}: {havoc}\n{havoc.output}"
     assert havoc.workers_killed + havoc.drivers_killed == 10

@@ -34,26 +34,29 @@ class Havoc:
         )
 
 
-def wreak(
-    command: list[str], db: Path, place: Path, *, kills: int, pause: tuple[float, float], seed: int, environment
-) -> Havoc:
-    """Run `command` until it ends by itself, with so many kills on the way, `pause` seconds apart; drills work in `place`.
+def wreak(command: list[str], db: Path, place: Path, *, drills: int, kills: int, delay: float, seed: int, environment) -> Havoc:
+    """Run `command` until it ends by itself, with `kills` on the way; its drills work in `place`.
 
-    Half of the kills, by chance, hit a worker, the others the driver.
+    A kill comes up to `delay` seconds after some number of the `drills` have their result. Half of them, by chance, hit a
+    worker, the others the driver.
     """
     chance, havoc, seen = random.Random(seed), Havoc(), {}
+    moments = sorted(chance.choices(range(drills - drills // 10), k=kills))
     while True:
         havoc.runs += 1
         with (place / "output").open("ab") as output:
             driver = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
         try:
-            while driver.poll() is None and havoc.workers_killed + havoc.drivers_killed < kills:
-                time.sleep(chance.uniform(*pause))
-                _kill_one(driver, chance, havoc)
+            while driver.poll() is None:
                 _note_results(db, seen, havoc)
-            driver.wait(timeout=3600)
+                if moments and len(seen) >= moments[0]:
+                    time.sleep(chance.uniform(0, delay))
+                    moments.pop(0)
+                    _kill_one(driver, chance, havoc)
+                time.sleep(0.1)
         finally:
             driver.kill()
+            driver.wait()
         if driver.returncode != -signal.SIGKILL:
             break
         _wait_for_none_in(place, havoc)
