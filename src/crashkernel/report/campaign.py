@@ -188,7 +188,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Combinations of a campaign. What is the same in all of them is in `alike`, not in a column."""
+    """Combinations of a campaign. `alike` is what they are where nothing else is said."""
 
     heads: tuple[str, ...]
     columns: tuple[tuple[str, str], ...]  # machine, or "" if all are on one; placement
@@ -365,18 +365,17 @@ class Campaign:
     @property
     def matrix(self) -> Table:
         """The drills without a fault: configurations by placement."""
-        return _table([drill for drill in self.drills if not drill.fault], _AXES, (), always=("K1", "machine"))
+        return _table([drill for drill in self.drills if not drill.fault], ("K1", *_MACHINE))
 
     @property
     def faults(self) -> Table:
         """Those with one: faults by machine and placement."""
-        faulty = [drill for drill in self.drills if drill.fault]
-        return _table(faulty, (_FAULT, *(axis for axis in _AXES if axis[0] not in _MACHINE)), _MACHINE, always=("fault",))
+        return _table([drill for drill in self.drills if drill.fault], ("fault",), _MACHINE)
 
     @property
     def fault_rows(self) -> Table:
         """The same with each machine in a row of its own, where there is no room for columns."""
-        return _table([drill for drill in self.drills if drill.fault], (_FAULT, *_AXES), (), always=("fault",))
+        return _table([drill for drill in self.drills if drill.fault], ("fault", *_MACHINE))
 
     @property
     def failures(self) -> tuple[Failures, ...]:
@@ -427,7 +426,7 @@ class Campaign:
         found: defaultdict[tuple[str, ...], dict[str, Drill]] = defaultdict(dict)
         for drill in self.drills:
             if drill.standing == "passed" and not drill.fault:
-                same = found[tuple(get(drill) for _, get in _AXES)]
+                same = found[tuple(get(drill) for get in _AXES.values())]
                 same.setdefault(drill.placement, drill)
                 if len(same) > 1:
                     return tuple(same[placement] for placement in _placements(same.values()))
@@ -468,7 +467,6 @@ def _plural(count: int, noun: str) -> str:
 
 # ------------------------------------------------------------------------------------------------------------------- tables
 
-_Axis = tuple[str, "Callable[[Drill], str]"]
 _TOLD_APART = {
     *("kernel", "capture-kernel", "machine", "cpu", "mmu", "smp", "memory", "crashkernel", "placement", "all-cpus"),
     *("capture", "fault", "seed"),
@@ -482,20 +480,23 @@ def _other(drill: Drill) -> str:
     )
 
 
-_FAULT: _Axis = ("fault", lambda drill: drill.fault)
-_AXES: tuple[_Axis, ...] = (
-    ("K1", lambda drill: drill.kernel),
-    ("K2", lambda drill: drill.capture_kernel or drill.kernel),
-    ("machine", lambda drill: drill.machine),
-    ("CPU", lambda drill: drill.cpu),
-    ("MMU", lambda drill: drill.mmu),
-    ("CPUs K1, K2", lambda drill: f"{drill.smp}, {drill.smp if drill.all_cpus else 1}"),
-    ("memory", lambda drill: format_size(drill.memory)),
-    ("crashkernel=", lambda drill: drill.crashkernel),
-    ("saved by", lambda drill: "copying" if drill.capture is None else f"capture {drill.capture}"),
-    ("options", _other),
-)
+_SAME = "the same"
+_AXES: dict[str, Callable[[Drill], str]] = {
+    "fault": lambda drill: drill.fault,
+    "K1": lambda drill: drill.kernel,
+    "K2": lambda drill: drill.capture_kernel if drill.capture_kernel not in ("", drill.kernel) else _SAME,
+    "machine": lambda drill: drill.machine,
+    "CPU": lambda drill: drill.cpu,
+    "MMU": lambda drill: drill.mmu,
+    "CPUs K1, K2": lambda drill: f"{drill.smp}, {drill.smp if drill.all_cpus else 1}",
+    "memory": lambda drill: format_size(drill.memory),
+    "crashkernel=": lambda drill: drill.crashkernel,
+    "saved by": lambda drill: "copying" if drill.capture is None else f"capture {drill.capture}",
+    "options": _other,
+}
 _MACHINE = ("machine", "CPU", "MMU", "CPUs K1, K2")
+_ELSE = "else"
+"""The column for what is not as usual."""
 _NUMBER = re.compile(r"0x[0-9a-f]+|\d[\d,.]*")
 
 
@@ -504,35 +505,48 @@ def _placements(drills: Iterable[Drill]) -> list[str]:
     return [*(each for each in PLACEMENTS if each in found), *sorted(found.difference(PLACEMENTS))]
 
 
-def _table(drills: Sequence[Drill], axes: Sequence[_Axis], across: Sequence[str], always: Sequence[str]) -> Table:
-    """`axes` are those of the rows, `across` the names of those that are columns, `always` those that are shown in any case."""
+def _table(drills: Sequence[Drill], heads: Sequence[str], across: Sequence[str] = ()) -> Table:
+    """`heads` are the axes that have a column of names each, the first in any case and the others where they vary; `across` are
+    those of the columns of cells. All others vary seldom: what they usually are is told once, and what differs in one column.
+    """
     if not drills:
         return Table((), (), (), ())
-    same_kernel = all(drill.capture_kernel in ("", drill.kernel) for drill in drills)
-    varied = {name for name, get in _AXES if len({get(drill) for drill in drills}) > 1}
-    rows = [(name, get) for name, get in axes if name in varied | {*always} and not (name == "K2" and same_kernel)]
-    sides = [(name, get) for name, get in _AXES if name in across and name in varied]
-    shown = {name for name, _ in (*rows, *sides)}
-    alike = [
-        f"{name}{'' if name.endswith('=') else ' '}{get(drills[0])}"
-        for name, get in _AXES
-        if name not in shown | ({"K2"} if same_kernel else set()) and get(drills[0])
-    ]
+    usual = {name: Counter(get(drill) for drill in drills).most_common(1)[0][0] for name, get in _AXES.items()}
+    varied = [name for name, get in _AXES.items() if any(get(drill) != usual[name] for drill in drills)]
+    shown = [name for name in heads if name in varied or name == heads[0]]
+    sides = [name for name in across if name in varied]
+    seldom = [name for name in varied if name not in (*heads, *across)]
     cells: defaultdict[tuple[tuple[str, ...], tuple[str, str]], list[Drill]] = defaultdict(list)
+    rows: dict[tuple[str, ...], None] = {}
     columns: dict[str, None] = {}
-    heads: dict[tuple[str, ...], None] = {}
     for drill in drills:
-        head = tuple(get(drill) for _, get in rows)
-        side = " ".join(get(drill) if name != "CPUs K1, K2" else f"{get(drill)} CPUs" for name, get in sides)
-        heads[head] = columns[side] = None
-        cells[head, (side, drill.placement)].append(drill)
+        other = ", ".join(_told(name, drill) for name in seldom if _AXES[name](drill) != usual[name])
+        row = (*(_AXES[name](drill) for name in shown), *([other] if seldom else []))
+        side = " ".join(_cpus(drill) if name == "CPUs K1, K2" else _AXES[name](drill) for name in sides)
+        rows[row] = columns[side] = None
+        cells[row, (side, drill.placement)].append(drill)
+    order = {name: number for number, name in enumerate(dict.fromkeys(row[0] for row in rows))}
     places = tuple((side, placement) for side in columns for placement in _placements(drills))
+    titles = ["K1 = K2" if name == "K1" and "K2" not in varied else name for name in shown]
+    alike = [
+        name for name in _AXES if name not in (*shown, *sides, "fault") and usual[name] and (name != "K2" or "K2" in varied)
+    ]
     return Table(
-        tuple("K1 = K2" if name == "K1" and same_kernel else name for name, _ in rows),
+        (*titles, *([_ELSE] if seldom else [])),
         places,
         tuple(
-            Row(head, tuple(Cell(tuple(found)) if (found := cells.get((head, place))) else None for place in places))
-            for head in heads
+            Row(row, tuple(Cell(tuple(found)) if (found := cells.get((row, place))) else None for place in places))
+            for row in sorted(rows, key=lambda row: order[row[0]])
         ),
-        tuple(alike),
+        tuple(f"{name}{'' if name.endswith('=') else ' '}{usual[name]}" for name in alike),
     )
+
+
+def _cpus(drill: Drill) -> str:
+    return _plural(drill.smp, "CPU") + (", all in K2" if drill.all_cpus and drill.smp > 1 else "")
+
+
+def _told(name: str, drill: Drill) -> str:
+    """What is not as usual, so that it can be told from what else may not be."""
+    value = _AXES[name](drill)
+    return f"{name} {value}" if name in ("K1", "K2") else f"{name}{value}" if name.endswith("=") else value

@@ -102,6 +102,8 @@ thead th{white-space:nowrap;font-weight:600;color:var(--soft);vertical-align:bot
 th[scope=rowgroup],th[scope=colgroup]{font-weight:700;color:var(--text)}
 th[scope=rowgroup]{padding-top:1rem}
 .n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+caption span{display:inline-block;max-width:min(100%,calc(100vw - 2.5rem))}
+.matrix th[scope=row]:first-child{position:sticky;left:0;z-index:1;background:var(--page)}
 .matrix th[scope=row]{padding-top:.1rem;padding-bottom:.1rem}
 .cell{padding:1px 2px}
 .cell a{display:flex;flex-wrap:wrap;gap:0 .5rem;align-items:baseline;justify-content:space-between;padding:.1rem .5rem;
@@ -159,7 +161,7 @@ footer{margin-top:3rem;color:var(--soft);font-size:.85rem;border-top:1px solid v
   body{max-width:none;padding:0;font-size:9.5pt}nav,.filter,.copy,.skip{display:none!important}
   details::details-content{content-visibility:visible!important;display:block!important}
   .list details::details-content{display:none!important;content-visibility:hidden!important}.list details{display:none}
-  .scroll{overflow:visible}.map{min-width:0}.strip{min-width:0}
+  .scroll{overflow:visible}caption span{max-width:none}.map{min-width:0}.strip{min-width:0}
   table{font-size:8pt}thead{display:table-header-group}tr,.measures,.share,.maps,svg,h3,summary,.about,.again{break-inside:avoid}
   h2,h3,h4,summary,caption,th[scope=rowgroup]{break-after:avoid}
   pre.console{display:block;white-space:pre-wrap;overflow:visible;overflow-wrap:anywhere;max-height:none;font-size:7pt;
@@ -461,12 +463,14 @@ def _matrix(table: Table, what: str) -> list[str]:
     """Rows are grouped by their first name where it names many."""
     if not table.rows:
         return []
-    grouped = len(table.heads) > 1 and len({row.heads[0] for row in table.rows}) < len(table.rows)
+    grouped = len(table.heads) > 1 and 2 * len({row.heads[0] for row in table.rows}) <= len(table.rows)
     heads = table.heads[1:] if grouped else table.heads
     sides = list(dict.fromkeys(side for side, _ in table.columns))
     caption = f"{sum(len(c.drills) for row in table.rows for c in row.cells if c)} {what}"
-    caption += f". In all of them: {'; '.join(table.alike)}" if table.alike else ""
-    parts = [f'<div class="scroll" tabindex="0"><table class="matrix"><caption>{escaped(caption)}.</caption><thead>']
+    caption += f". Where nothing else is said: {'; '.join(table.alike)}" if table.alike else ""
+    parts = [
+        f'<div class="scroll" tabindex="0"><table class="matrix"><caption><span>{escaped(caption)}.</span></caption><thead>'
+    ]
     if sides != [""]:
         blank = f'<td colspan="{len(heads)}"></td>' if heads else ""
         each = len(table.columns) // len(sides)
@@ -529,7 +533,7 @@ def _times(campaign: Campaign) -> list[str]:
         "scale of its own, from 0 to the longest: a stroke for each drill, a box from quartile to quartile, and a thick line",
         "at the median.</caption><thead><tr>",
         *(f'<th scope="col" class="{style}">{name}</th>' for name, style in heads.items()),
-        '<th scope="col">distribution</th></tr></thead>',
+        '<th scope="col">spread</th></tr></thead>',
     ]
     for name, by_placement in {**campaign.stage_times, "whole drill": campaign.totals}.items():
         parts += ["<tbody>", *_stage(name, by_placement), "</tbody>"]

@@ -115,7 +115,7 @@ def _table(table: Table, colour: bool, width: int) -> list[str]:
         )
         lines.append(f"  {left}  {right}".rstrip())
     if table.alike:
-        lines += wrap(f"all of them: {'; '.join(table.alike)}", width, "  ", "    ")
+        lines += wrap(f"where nothing else is said: {'; '.join(table.alike)}", width, "  ", "    ")
     return lines
 
 
