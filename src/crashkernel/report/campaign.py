@@ -195,6 +195,11 @@ class Table:
     rows: tuple[Row, ...]
     alike: tuple[str, ...]
 
+    @property
+    def grouped(self) -> bool:
+        """Whether the first name stands above its rows, and not in each: it does where it names many."""
+        return len(self.heads) > 1 and 2 * len({row.heads[0] for row in self.rows}) <= len(self.rows)
+
 
 @dataclass(frozen=True, slots=True)
 class Spread:
@@ -495,7 +500,7 @@ _AXES: dict[str, Callable[[Drill], str]] = {
     "options": _other,
 }
 _MACHINE = ("machine", "CPU", "MMU", "CPUs K1, K2")
-_ELSE = "else"
+ELSE = "else"
 """The column for what is not as usual."""
 _NUMBER = re.compile(r"0x[0-9a-f]+|\d[\d,.]*")
 
@@ -532,7 +537,7 @@ def _table(drills: Sequence[Drill], heads: Sequence[str], across: Sequence[str] 
         name for name in _AXES if name not in (*shown, *sides, "fault") and usual[name] and (name != "K2" or "K2" in varied)
     ]
     return Table(
-        (*titles, *([_ELSE] if seldom else [])),
+        (*titles, *([ELSE] if seldom else [])),
         places,
         tuple(
             Row(row, tuple(Cell(tuple(found)) if (found := cells.get((row, place))) else None for place in places))

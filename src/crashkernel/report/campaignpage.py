@@ -463,7 +463,7 @@ def _matrix(table: Table, what: str) -> list[str]:
     """Rows are grouped by their first name where it names many."""
     if not table.rows:
         return []
-    grouped = len(table.heads) > 1 and 2 * len({row.heads[0] for row in table.rows}) <= len(table.rows)
+    grouped = table.grouped
     heads = table.heads[1:] if grouped else table.heads
     sides = list(dict.fromkeys(side for side, _ in table.columns))
     caption = f"{sum(len(c.drills) for row in table.rows for c in row.cells if c)} {what}"
@@ -496,7 +496,7 @@ def _matrix(table: Table, what: str) -> list[str]:
             more = f" <small>{escaped(', '.join(releases))}</small>" if table.heads[0].startswith("K1") else ""
             parts.append("</tbody><tbody>" if row is not table.rows[0] else "")
             wide = len(heads) + len(table.columns)
-            parts.append(f'<tr><th scope="rowgroup" colspan="{wide}">{escaped(before)}{more}</th></tr>')
+            parts.append(f'<tr><th scope="rowgroup" colspan="{wide}">{table.heads[0]} {escaped(before)}{more}</th></tr>')
         names = "".join(f'<th scope="row">{escaped(name)}</th>' for name in (row.heads[1:] if grouped else row.heads))
         parts.append(f"<tr>{names}{''.join(map(_cell, row.cells))}</tr>")
     return [*parts, "</tbody></table></div>"]

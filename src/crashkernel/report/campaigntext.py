@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from crashkernel.report.campaign import STANDINGS, Standing
+from crashkernel.report.campaign import ELSE, STANDINGS, Standing
 from crashkernel.report.terminal import paint, visible, wrap
 
 if TYPE_CHECKING:
@@ -95,28 +95,28 @@ def _failures(failures: Failures, campaign: Campaign, colour: bool, width: int) 
 
 
 def _table(table: Table, colour: bool, width: int) -> list[str]:
-    """Names, then a column for each placement. What is too wide is not cut."""
+    """Names, then a column for each placement, then what else is said. What is too wide is not cut."""
+    skipped = 1 if table.grouped else 0
+    last = len(table.heads) - (table.heads[-1] == ELSE)
     heads = [[visible(text) for text in row.heads] for row in table.rows]
-    names = [max(map(len, column)) for column in zip(table.heads, *heads, strict=True)]
     texts = [[_cell(cell) for cell in row.cells] for row in table.rows]
     titles = [" ".join(filter(None, map(visible, column))) for column in table.columns]
-    columns = [max(map(len, column)) for column in zip(titles, *texts, strict=True)]
-    lines = [
-        "  "
-        + "  ".join(text.ljust(size) for text, size in zip([*table.heads, *titles], [*names, *columns], strict=True)).rstrip()
-    ]
-    for row, head, cells in zip(table.rows, heads, texts, strict=True):
-        left = "  ".join(text.ljust(size) for text, size in zip(head, names, strict=True))
-        right = "  ".join(
-            text.ljust(size)
-            if cell is None
-            else _word(cell.standing, cell.word, colour) + text[len(cell.word) :].ljust(size - len(cell.word))
-            for cell, text, size in zip(row.cells, cells, columns, strict=True)
-        )
-        lines.append(f"  {left}  {right}".rstrip())
+    lines = [[*table.heads[skipped:last], *titles, *table.heads[last:]]]
+    lines += [[*names[skipped:last], *cells, *names[last:]] for names, cells in zip(heads, texts, strict=True)]
+    sizes = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    indent = "    " if skipped else "  "
+    drawn = [indent + "  ".join(text.ljust(size) for text, size in zip(lines[0], sizes, strict=True)).rstrip()]
+    for row, names, line, before in zip(table.rows, heads, lines[1:], [[""], *heads], strict=False):
+        if skipped and names[0] != before[0]:
+            drawn.append(f"  {table.heads[0]} {paint(names[0], bold=colour)}")
+        painted = [text.ljust(size) for text, size in zip(line, sizes, strict=True)]
+        for number, cell in enumerate(row.cells, last - skipped):
+            if cell is not None:
+                painted[number] = _word(cell.standing, cell.word, colour) + painted[number][len(cell.word) :]
+        drawn.append(f"{indent}{'  '.join(painted)}".rstrip())
     if table.alike:
-        lines += wrap(f"where nothing else is said: {'; '.join(table.alike)}", width, "  ", "    ")
-    return lines
+        drawn += wrap(f"where nothing else is said: {'; '.join(table.alike)}", width, "  ", "    ")
+    return drawn
 
 
 def _cell(cell: Cell | None) -> str:
