@@ -30,7 +30,16 @@ from crashkernel.errors import EnvironmentFault, StageFailed, UsageError, Verifi
 from crashkernel.memory import Range, RangeSet, align_up, format_size
 from crashkernel.placement import LINEAR_MAP_BLOCK
 from crashkernel.placement.image import KernelImage
-from crashkernel.placement.sizing import LARGE_PAGE, Estimate, Initrd, estimate, measure_initrd, recommended
+from crashkernel.placement.sizing import (
+    CAPTURE_PROGRAM,
+    LARGE_PAGE,
+    Estimate,
+    Initrd,
+    capture_command,
+    estimate,
+    measure_initrd,
+    recommended,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -289,7 +298,7 @@ def step_of(request: DrillRequest) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Expectation:
-    """What `placement.sizing` expects of a drill's K2, as `crashkernel plan` does."""
+    """What `placement.sizing` expects of a drill's K2. (`crashkernel plan` knows less: it takes a makedumpfile for granted.)"""
 
     request: DrillRequest
     image_span: int
@@ -307,6 +316,7 @@ class Expectation:
             twin.smp,
             started=twin.smp if self.request.all_cpus else 1,
             k1_memory=max(0, twin.memory - size) if self.request.saving else 0,
+            program=capture_command(page_size) if self.request.saving else CAPTURE_PROGRAM,
             root=self.request.saving is not None or bool(self.request.initrd),  # what a drill's K2 has rootfstype=ramfs for
         )
 
@@ -367,7 +377,7 @@ class Sized:
         """The estimate and what distributions recommend, by name, as so many times what was found."""
         twin = self.request.twin
         sizes = {
-            f"estimated by crashkernel plan: {format_size(self.estimate)}": self.estimate,
+            f"estimated: {format_size(self.estimate)}": self.estimate,
             **{
                 f"recommended by {each.vendor}: {format_size(each.size)}": each.size
                 for each in recommended(twin.memory, twin.smp)

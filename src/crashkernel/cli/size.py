@@ -224,7 +224,7 @@ class _Progress:
         if self._status is not None:
             doing = ", ".join(f"{placement} {text}" for placement, text in self._doing.items())
             left = sum(self._left.values())
-            self._status.update(visible(doing + (f"; about {left} drills to come" if left else "")))
+            self._status.update(visible(doing + (f"; drills to come: about {left}" if left else "")))
 
 
 @dataclass(frozen=True, slots=True)

@@ -406,6 +406,7 @@ _MOST_CPUS = 8192  # NR_CPUS at its most, arch/powerpc/platforms/Kconfig.cputype
 
 CAPTURE_PROGRAM = 12 * _MIB
 """Bytes of a dd or makedumpfile."""
+_COMMAND_LARGE, _COMMAND_SMALL = 54 * _MIB, 40 * _MIB  # seen of `crashkernel capture` on one CPU, level 31, zstd
 _CORE_PAGE_BITS = 2  # makedumpfile's two bitmaps of K1's pages
 
 
@@ -475,6 +476,11 @@ def estimate(
         ),
     ]
     return Estimate(tuple(need for need in needs if need.size), k2_memory.total, initrd.exact)
+
+
+def capture_command(page_size: int) -> int:
+    """Bytes that `crashkernel capture` takes in a K2 of that base page size, for `estimate`: Python, numpy and one worker."""
+    return _COMMAND_SMALL if page_size <= SMALL_PAGE else _COMMAND_LARGE
 
 
 def possible_cpus(machine: Machine) -> int:
