@@ -32,6 +32,8 @@ in the capture kernel, and where dumps go:
 
 on any machine with QEMU:
   crashkernel drill                         crash a twin, both placements, and check every byte
+  crashkernel campaign run FILE.toml        hundreds of drills, into one database
+  crashkernel report DB                     what came of them: in the terminal, or as one page
 
 exit status:
   0   good                                  2   the request makes no sense
