@@ -4,8 +4,12 @@ import base64
 import contextlib
 import hashlib
 import json
+import os
 import re
+import shutil
 import sqlite3
+import tempfile
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -417,6 +421,22 @@ class TestUnfinished:
         writer.execute("DELETE FROM result")
         assert read_campaign(every).counts["missing"] == 1
         writer.close()
+
+    def test_where_nothing_may_be_written(self, every):
+        with tempfile.TemporaryDirectory() as shared:  # not pytest's own, which is closed to all others
+            path = Path(shutil.copy(every, shared))
+            path.chmod(0o444)
+            path.parent.chmod(0o555)
+            root = os.geteuid() == 0
+            if root:
+                os.seteuid(65534)
+            try:
+                assert not os.access(shared, os.W_OK, effective_ids=True)
+                assert len(read_campaign(path).drills) == len(ALL_STANDINGS)
+            finally:
+                if root:
+                    os.seteuid(0)
+                path.parent.chmod(0o755)
 
     @pytest.mark.parametrize("plan", [None, "", "{}", "no JSON", "[" * 100_000, '{"format": 3}'])
     def test_without_a_plan_there_is_no_map(self, tmp_path, plan):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import sqlite3
 from collections import defaultdict
 from dataclasses import replace
@@ -46,9 +47,12 @@ def read_campaign(path: Path) -> Campaign:
     """
     if not path.is_file():
         raise UsageError(f"cannot read {path}: no such file", hint="give the database of `crashkernel campaign run`")
-    source = str(path)
+    source, place = str(path), path.resolve()
+    # SQLite makes a file beside a database in WAL mode even to read it. Where it may not, and no driver's is there, nobody writes.
+    written = os.access(place.parent, os.W_OK, effective_ids=True) or place.with_name(f"{place.name}-wal").exists()
+    uri = f"{place.as_uri()}?{'mode=ro' if written else 'immutable=1'}"
     try:
-        with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=5)) as database:
+        with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=5)) as database:
             # what a table cannot hold must not make the rest unreadable, and what a file defines must not be run
             database.text_factory = lambda raw: raw.decode("utf-8", "replace")
             database.row_factory = sqlite3.Row
