@@ -48,7 +48,7 @@ def read_campaign(path: Path) -> Campaign:
     if not path.is_file():
         raise UsageError(f"cannot read {path}: no such file", hint="give the database of `crashkernel campaign run`")
     source, place = str(path), path.resolve()
-    # SQLite makes a file beside a database in WAL mode even to read it. Where it may not, and no driver's is there, nobody writes.
+    # SQLite makes files beside a database in WAL mode even to read it. Where it may not, and no driver has, nobody writes.
     written = os.access(place.parent, os.W_OK, effective_ids=True) or place.with_name(f"{place.name}-wal").exists()
     uri = f"{place.as_uri()}?{'mode=ro' if written else 'immutable=1'}"
     try:
