@@ -217,6 +217,8 @@ async def _drill(scenario: Scenario, wiring: Wiring, outcome: Outcome, clock: Cl
         head = read_ram(wiring.ram, HEAD_SIZE)
         async with clock.stage(CRASH, machine):
             machine.await_death()
+            for fault in faults:
+                await fault.dying(drill, debugger)
             crash = next((fault for fault in faults if fault.kind == "crash"), None)
             if crash is None:
                 machine.say("crash")

@@ -122,6 +122,9 @@ class Fault:
     async def loaded(self, drill: Running) -> None:
         """K2 is loaded and K1 runs; it obeys `have_done`."""
 
+    async def dying(self, drill: Running, debugger: Debugger) -> None:
+        """The twin stands still under the debugger; when it goes on, K1 dies."""
+
     async def crash(self, drill: Running, debugger: Debugger) -> None:
         """Have K1 die. The twin stands still under the debugger, and is run on until it comes to the purgatory."""
         drill.machine.say("crash")

@@ -14,7 +14,7 @@ from crashkernel.memory import Range, format_size, parse_size
 
 if TYPE_CHECKING:
     from crashkernel.drill.faults.base import Ending, Running
-    from crashkernel.drill.qemu import Hardware
+    from crashkernel.drill.qemu import Debugger, Hardware
     from crashkernel.drill.request import DrillRequest
     from crashkernel.drill.verdict import Truth
 
@@ -32,6 +32,7 @@ class _Came(Fault):
 
     kind = "change"
     argument = "[refresh]"
+    _what: str
 
     def __init__(self, argument: str = "", seed: int = 0) -> None:
         super().__init__(argument, seed)
@@ -39,6 +40,11 @@ class _Came(Fault):
             raise UsageError(f"fault {self.word}: only a refresh may follow", hint=f"{self.name} or {self.name}:refresh")
         self._refresh = argument == "refresh"
         self._said: tuple[str, ...] = ()  # by `crashkernel status`, before a refresh
+
+    @property
+    def title(self) -> str:
+        """What is done to the twin, in one line."""
+        return f"{self._what} plugged into K1 after the load" + (", and the same is loaded again" if self._refresh else "")
 
     def fit(self, request: DrillRequest) -> None:
         """Where QEMU can plug something in.
@@ -73,6 +79,7 @@ class CpuAdded(_Came):
     """A CPU. K1 has a note buffer for each that may come, and all are in the header: no dump lacks its registers."""
 
     name = "cpu-added"
+    _what = "a CPU is"
     summary = "a CPU is plugged into K1 after the load; `:refresh`: and `load --refresh` run"
 
     def hardware(self, hardware: Hardware) -> Hardware:
@@ -100,6 +107,7 @@ class MemoryAdded(_Came):
     """Memory. What was loaded before does not know of it: `status` says so, and the dump is right but for it."""
 
     name = "memory-added"
+    _what = "256 MiB are"
     summary = "256 MiB are plugged into K1 after the load; `:refresh`: and `load --refresh` run"
 
     def __init__(self, argument: str = "", seed: int = 0) -> None:
@@ -165,20 +173,24 @@ class StuckCpu(Fault):
         self._reset = "nmi" in request.fault
 
     async def loaded(self, drill: Running) -> None:
-        """Have it busy, so that it runs, and send it to a branch to itself in K1's text."""
+        """Have it busy: one that sleeps does nothing."""
+        busy = f"import os; os.sched_setaffinity(0, {{{drill.twin.smp - 1}}}); [0 for _ in iter(int, 1)]"
+        async with drill.clock.stage(FAULT, drill.machine):
+            await have_done(drill.machine, f'python3.11 -S -c "{busy}" 3>&- & sleep 1')
+
+    async def dying(self, drill: Running, debugger: Debugger) -> None:
+        """Send it to a branch to itself in K1's text. Any earlier, and K1 might hang with it: CPUs wait for each other."""
         machine, cpu = drill.machine, drill.twin.smp - 1
-        async with drill.clock.stage(FAULT, machine) as note:
-            busy = f"import os; os.sched_setaffinity(0, {{{cpu}}}); [0 for _ in iter(int, 1)]"
-            await have_done(machine, f'python3.11 -S -c "{busy}" 3>&- & sleep 1')
-            debugger = await machine.attach()
-            await debugger.halted()
-            little = bool((await machine.registers())[cpu]["msr"] & _MSR_LE)
-            place = _branch_to_itself(drill, little_endian=little)
-            msr = (await machine.registers())[0]["msr"]
-            await debugger.write_register(cpu, _MSR, msr & ~_MSR_EE_PR | _MSR_TRANSLATION, little_endian=little)
-            await debugger.write_register(cpu, _NIP, _LINEAR + place, little_endian=little)
-            note(f"CPU {cpu} turns round at {place:#x}")
-            await debugger.detach()
+        await debugger.halted()
+        registers = await machine.registers()
+        little = bool(registers[cpu]["msr"] & _MSR_LE)
+        place = _LINEAR + _branch_to_itself(drill, little_endian=little)
+        msr = registers[0]["msr"] & ~_MSR_EE_PR | _MSR_TRANSLATION
+        await debugger.write_register(cpu, _MSR, msr, little_endian=little)
+        await debugger.write_register(cpu, _NIP, place, little_endian=little)
+        at = (await machine.registers())[cpu]["nip"]
+        if at != place:
+            raise GuestSaidNo(f"QEMU did not send CPU {cpu} to {place:#x}, it is at {at:#x}")
 
     def judged_by(self, truth: Truth) -> Truth:
         """All CPUs' registers but its own, if no system reset got them."""
