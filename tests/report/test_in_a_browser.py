@@ -10,7 +10,7 @@ from crashkernel.drill.request import DrillRequest
 from crashkernel.report.campaignpage import campaign_html
 from crashkernel.report.results import read_campaign
 from support import campaigns
-from support.browser import DESK, PHONE
+from support.browser import A4, DESK, PHONE
 
 OPEN_ALL = "document.querySelectorAll('details').forEach(each => { each.open = true; });"
 
@@ -269,9 +269,23 @@ class TestPrinting:
         assert "".join(reach[0].drills[0].title.split()) in text
 
     def test_nothing_is_wider_than_the_paper(self, browser, reach):
-        browser.show(reach[1], 700, paper=True)
-        assert browser.run("return document.documentElement.scrollWidth") <= 700
+        browser.show(reach[1], A4, paper=True)
+        assert browser.run("return document.documentElement.scrollWidth") <= A4
         assert browser.run("return document.querySelector('nav').checkVisibility()") is False
+
+    def test_a_wide_matrix_is_not_cut(self, browser, tmp_path):
+        drills = [
+            (PlannedDrill(DrillRequest(machine=machine, cpu=cpu, mmu=mmu, placement=placement, fault=(fault,)), 1), None)
+            for machine, cpu, mmu in campaigns.MACHINES
+            for placement in ("zero", "reserved")
+            for fault in ("nmi", "memory-pressure")
+        ]
+        campaign = read_campaign(campaigns.write_campaign(tmp_path / "x.db", drills))
+        assert len(campaign.faults.columns) == 12
+        (tmp_path / "x.html").write_text(campaign_html(campaign))
+        browser.show(tmp_path / "x.html", A4, paper=True)
+        right = [f"document.querySelector('{name}').getBoundingClientRect().right" for name in (".matrix", "body")]
+        assert browser.run(f"return {' - '.join(right)}") <= 0
 
     def test_paper_is_white_in_the_dark(self, browser, reach):
         browser.show(reach[1], dark=True, paper=True)

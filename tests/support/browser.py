@@ -10,6 +10,7 @@ OPTIONS = (
     "--disable-ipc-flooding-protection",  # which would take no more than 200 clicks on links in ten seconds
 )
 PHONE, DESK = 360, 1280
+A4 = 687  # pixels between margins of 14 mm
 
 
 class Browser:

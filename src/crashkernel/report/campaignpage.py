@@ -162,6 +162,9 @@ footer{margin-top:3rem;color:var(--soft);font-size:.85rem;border-top:1px solid v
   details::details-content{content-visibility:visible!important;display:block!important}
   .list details::details-content{display:none!important;content-visibility:hidden!important}.list details{display:none}
   .scroll{overflow:visible}caption span{max-width:none}.map{min-width:0}.strip{min-width:0}
+  .matrix th[scope=row]:first-child{position:static}.matrix thead .dot{display:none}.matrix{font-size:7pt}
+  .matrix thead th{white-space:normal}.matrix td,.matrix th{padding:.1rem .2rem .1rem 0}.matrix .cell{padding:1px}
+  .cell a{padding:0 .2rem;gap:0 .2rem}.cell small{font-size:6pt}
   table{font-size:8pt}thead{display:table-header-group}tr,.measures,.share,.maps,svg,h3,summary,.about,.again{break-inside:avoid}
   h2,h3,h4,summary,caption,th[scope=rowgroup]{break-after:avoid}
   pre.console{display:block;white-space:pre-wrap;overflow:visible;overflow-wrap:anywhere;max-height:none;font-size:7pt;
