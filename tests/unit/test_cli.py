@@ -51,7 +51,10 @@ def complaint(capsys):
     return lines[0]
 
 
-@pytest.mark.parametrize("command", [[], ["plan"], ["load"], ["status"], ["unload"], ["drill"], ["bench"], ["big-endian"]])
+@pytest.mark.parametrize(
+    "command",
+    [[], ["plan"], ["load"], ["status"], ["unload"], ["drill"], ["bench"], ["big-endian"], ["campaign"], ["report"], ["size"]],
+)
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])

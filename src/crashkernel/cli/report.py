@@ -22,7 +22,7 @@ _EPILOG = """examples:
   crashkernel report reach.db --json | jq .counts
 
 The page shows what failed and why, with the console, the memory map at that moment and the command that drills it
-again; the matrix; both placements side by side; how long each stage took; the reservations that `crashkernel size` found.
+again; the matrix; both placements side by side; how long each stage took; what `crashkernel size` found.
 A campaign that is still running is shown as far as it is.
 
 exit status: 0 the report is made, whatever it tells (`crashkernel campaign show` has a verdict), 2 usage, 3 the
