@@ -1,7 +1,10 @@
 """Whole campaigns on Dask: with fake drills under every kind of death, and one of two real drills through the command line."""
 
+import contextlib
 import json
 import os
+import pty
+import re
 import shutil
 import signal
 import sqlite3
@@ -111,6 +114,29 @@ def test_an_interrupted_campaign_ends_what_runs_and_says_so(tmp_path, place, env
     assert rows(db, "SELECT count(*) FROM result WHERE verdict != 'PASS'") == [(0,)]
     assert rows(db, "SELECT count(*) FROM result") >= done
     assert list(place.iterdir()) == []
+
+
+def test_a_terminal_shows_what_runs_and_keeps_a_whole_line_for_each_result(tmp_path, environment):
+    file, db = campaign(
+        tmp_path, FORTY.replace('"c", "d", "e", "f", "g", "h", "i", "j"', '"fail"').replace("repeats = 2", "repeats = 1")
+    )
+    ours, theirs = pty.openpty()
+    terminal = {**environment, "TERM": "xterm-256color", "COLUMNS": "120", "LINES": "30"}
+    process = subprocess.Popen([*FAKE, str(file), str(db)], env=terminal, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError), open(ours, "rb", buffering=0) as screen:  # EIO: the other side is closed
+        while data := screen.read(65536):
+            shown += data
+    assert process.wait(60) == 1
+    lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode()).splitlines()
+    kept = [re.sub(r" +[\d.]+ s ", " ", line) for line in lines if re.match(r" +\d/6  ", line)]
+    assert sorted(line[5:] for line in kept) == sorted(
+        f"/6  {'FAIL' if kernel == 'fail' else 'PASS'} {kernel}, pseries POWER9 radix, 1 CPU, 2 GiB, crashkernel=512M, {placement}"
+        for kernel in ("a", "b", "fail") for placement in ("zero", "reserved")
+    )  # fmt: skip
+    assert any(re.fullmatch(r"forty: \d of 6 done: \d passed, \d failed, 0 not run, .* left", line) for line in lines)
+    assert any(re.match(r" +\d s +(K1 boot|K2 boot|load|capture) +a, pseries", line) for line in lines)
 
 
 def test_drills_that_end_badly_are_told_and_tried_again_when_asked(tmp_path, environment):

@@ -395,19 +395,20 @@ class Progress:
 
     def ended(self, drill: StoredDrill, result: Result) -> None:
         """A drill has its result."""
+        from rich.text import Text  # noqa: PLC0415
+
         self._running.pop(drill.number, None)
         self._waiting.pop(drill.number, None)
         self._counts[result.verdict] += 1
         if result.verdict != "ERROR":
             self._estimate.learn(drill.request, result.seconds)
         done = sum(self._counts.values())
-        known = ", as known" if drill.known and result.verdict == "FAIL" else ""
-        known = known or (", though known to fail" if drill.known and result.verdict == "PASS" else "")
-        self._console.print(f"{done:>4}/{self._total}  ", end="")
-        self._console.print(f"{result.verdict:<5}", style=_COLOURS[result.verdict], end="")
-        self.line(f" {result.seconds:5.1f} s  {drill.title}{known}")
-        if result.reason:
-            self.line(f"{'':11}{result.stage}: {result.reason}")
+        known = {"PASS": ", though known to fail", "FAIL": ", as known"}.get(result.verdict, "") if drill.known else ""
+        # in one piece: what is drawn below comes again after each
+        lines = [f" {result.seconds:5.1f} s  {drill.title}{known}"]
+        lines += [f"{'':11}{result.stage}: {result.reason}"] if result.reason else []
+        word = (f"{result.verdict:<5}", _COLOURS[result.verdict])
+        self._console.print(Text.assemble(f"{done:>4}/{self._total}  ", word, "\n".join(lines)))
 
     def tick(self) -> None:
         """Time has passed."""
