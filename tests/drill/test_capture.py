@@ -97,6 +97,22 @@ def test_everything_fits_in_256_mib(captured, placement):
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
+def test_k2_accounts_for_all_of_its_reservation(captured, placement):
+    """What K2 counts itself explains nearly all, and the rows that are what is left over stay small."""
+    accounting = captured.drills[placement]["accounting"]
+    assert accounting["reservation"] == 256 << 20
+    assert accounting["page_size"] == 0x10000
+    for table in (accounting["unpacking"], accounting["saving"]):
+        assert sum(table.values()) == accounting["reservation"]
+        assert 0 < table["else reserved at boot"] < 8 << 20
+        assert 0 < table["drivers, pages in hand"] < 24 << 20
+        assert 30 << 20 < table["K2's image"] < 45 << 20
+        assert 40 << 20 < table["initrd unpacked"] < 100 << 20
+    assert 40 << 20 < accounting["unpacking"]["initrd as loaded"] < 64 << 20
+    assert accounting["saving"]["processes"] > 20 << 20 > accounting["unpacking"]["processes"]
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
 def test_a_kept_drill_can_be_judged_again(captured, placement):
     assert judge_kept(captured.directory / placement).passed
 

@@ -87,7 +87,9 @@ def test_a_failed_repetition_moves_up_and_begins_to_count_anew():
 
 def test_an_unclear_failure_is_drilled_again_and_the_second_drill_counts():
     twin = Twin(100 * MIB, findings={100 * MIB: ["unclear", "passed"]})
-    assert find_smallest(twin, 128 * MIB, CEILING, STEP).found == 100 * MIB
+    found = find_smallest(twin, 128 * MIB, CEILING, STEP)
+    assert (found.found, found.passed, len(found.at_found)) == (100 * MIB, 4, 5)
+    assert found.tightest.passed
     twin = Twin(100 * MIB, findings={100 * MIB: ["unclear", "unclear"]})
     found = find_smallest(twin, 128 * MIB, CEILING, STEP)
     assert (found.found, found.failed) == (104 * MIB, 100 * MIB)

@@ -78,7 +78,6 @@ class Trial:
     spare: int | None = None
     seconds: float = 0.0
     accounting: dict[str, Any] | None = None
-    record: dict[str, Any] | None = None  # the drill's own
 
     @property
     def passed(self) -> bool:
@@ -103,15 +102,20 @@ class Search:
     trials: tuple[Trial, ...]
 
     @property
+    def at_found(self) -> list[Trial]:
+        """The drills at the size that was found. One that was unclear, and then passed, is among them."""
+        return [trial for trial in self.trials if trial.size == self.found]
+
+    @property
     def tightest(self) -> Trial:
-        """Of the drills at the size that was found, the one with the least to spare."""
-        at_found = [trial for trial in self.trials if trial.size == self.found]
-        return min(at_found, key=lambda trial: _MIB << 30 if trial.spare is None else trial.spare)
+        """Of those that passed there, the one with the least to spare."""
+        passed = [trial for trial in self.at_found if trial.passed]
+        return min(passed, key=lambda trial: _MIB << 30 if trial.spare is None else trial.spare)
 
     @property
     def passed(self) -> int:
-        """How often what was found passed."""
-        return sum(1 for trial in self.trials if trial.size == self.found)
+        """How many passed there."""
+        return sum(trial.passed for trial in self.at_found)
 
 
 def find_smallest(
@@ -278,9 +282,8 @@ class DrillProbe:
         task = Task("size", self.run, self.drills, tuple(request.command()), share, _DEADLINE)
         result = run_task(task, lambda stage, text: self.listener.stage(size, f"{stage}{', ' * bool(text)}{text}"))
         finding, reason = classify(result)
-        record = result.record or {}
-        accounting = record.get("accounting")
-        return Trial(size, finding, reason, accounting and accounting["spare"], result.seconds, accounting, record)
+        accounting = (result.record or {}).get("accounting")
+        return Trial(size, finding, reason, accounting and accounting["spare"], result.seconds, accounting)
 
 
 def at_size(request: DrillRequest, size: int) -> DrillRequest:
@@ -394,6 +397,7 @@ class Sized:
             "command": shlex.join(self.request.command()),
             "found": search.found,
             "passed": search.passed,
+            "drills": len(search.at_found),
             "failed": search.failed,
             "margin": self.margin,
             "recommended": self.recommended,

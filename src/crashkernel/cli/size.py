@@ -248,7 +248,7 @@ def _report(found: Sequence[Sized]) -> Iterator[tuple[str, str]]:
         search = sized.search
         failed = f"{search.failed >> 20}M was not" if search.failed else "nothing smaller was seen to fail"
         yield (
-            f"  {sized.request.placement}: {search.found >> 20}M was enough, {search.passed} times of {search.passed}; "
+            f"  {sized.request.placement}: {search.found >> 20}M was enough, {search.passed} times of {len(search.at_found)}; "
             f"{failed}; with {sized.margin} % more {sized.recommended >> 20}M",
             "",
         )
