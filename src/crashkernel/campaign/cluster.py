@@ -41,8 +41,14 @@ class Workers:
 
     @property
     def slots(self) -> int:
-        """Drills at a time, 0 while no worker is there."""
-        return sum(self.client.nthreads().values())
+        """Drills at a time, 0 while no worker is there.
+
+        :raise EnvironmentFault: the scheduler is gone.
+        """
+        try:
+            return sum(self.client.nthreads().values())
+        except OSError as error:
+            raise EnvironmentFault(f"the scheduler is gone: {error}", hint="the same command goes on") from error
 
     def tend(self) -> None:
         """Start what died anew, where that is ours to do.
