@@ -11,7 +11,6 @@ import contextlib
 import os
 import platform
 import queue
-import shutil
 import subprocess
 import time
 import uuid
@@ -20,6 +19,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Protocol
 
+from crashkernel import __version__
 from crashkernel.campaign import worker
 from crashkernel.campaign.cluster import Workers, connected
 from crashkernel.campaign.store import Result, Store, StoredDrill, utc_now
@@ -220,12 +220,10 @@ class _Driver:
 def _fetch_packages(requests: Iterable[DrillRequest], observer: Observer) -> None:
     """Have all packages here before several drills ask for them. One that cannot be had is its drills' business.
 
-    :raise EnvironmentFault: QEMU is missing.
+    :raise EnvironmentFault: QEMU is missing, or what ends it.
     """
-    from crashkernel.drill.qemu import QEMU  # noqa: PLC0415
-
-    if shutil.which(QEMU) is None:
-        raise EnvironmentFault(f"{QEMU} is not installed", hint="apt-get install qemu-system-ppc")
+    if lacking := worker.lacks(__version__):
+        raise EnvironmentFault(f"this machine lacks {lacking}", hint="apt-get install qemu-system-ppc util-linux")
     different = {(request.kernels, request.capture is not None): request for request in requests}
     for request in different.values():
         try:
