@@ -31,7 +31,7 @@ QEMU = "qemu-system-ppc64"
 CONSOLE_TAIL = 40
 """Lines of console kept for a report of failure."""
 
-_MSR_IR = 0x20  # instruction relocation, Power ISA Book III 4.2.1
+_MSR_IR, _MSR_LE = 0x20, 0x1  # instruction relocation, little-endian (Power ISA Book III 4.2.1)
 _GENERAL = 32  # general registers
 _KERNEL_STARTS = "] Linux version"
 
@@ -168,8 +168,7 @@ def plug_address(twin: Twin) -> int:
     return align_up(twin.memory, 1 << 30)
 
 
-NIP, MSR = 64, 65
-"""Numbers of registers in the GDB remote protocol (ppc_cpu_gdb_write_register, target/ppc/gdbstub.c)."""
+_NIP, _MSR = 64, 65  # as the GDB remote protocol counts them (ppc_cpu_gdb_write_register, target/ppc/gdbstub.c)
 
 
 class Debugger:
@@ -377,6 +376,20 @@ class RunningTwin:
     async def _standing(self) -> list[tuple[int, int]]:
         """NIP and MSR of each CPU, in the order of their numbers."""
         return [(registers["nip"], registers["msr"]) for registers in await self.registers()]
+
+    async def send_to(self, debugger: Debugger, cpu: int, nip: int, *, msr: int | None = None) -> dict[str, int]:
+        """Have a CPU that stands still go on at `nip`, with another MSR if one is given; its registers then.
+
+        :raise EnvironmentFault: QEMU does not do it.
+        """
+        little = bool((await self.registers())[cpu]["msr"] & _MSR_LE)
+        if msr is not None:
+            await debugger.write_register(cpu, _MSR, msr, little_endian=little)
+        await debugger.write_register(cpu, _NIP, nip, little_endian=little)
+        registers = (await self.registers())[cpu]
+        if registers["nip"] != nip:
+            raise EnvironmentFault(f"QEMU did not send CPU {cpu} to {nip:#x}, it is at {registers['nip']:#x}")
+        return registers
 
     async def inject_nmi(self) -> None:
         """A system reset of every CPU: an NMI button, in QEMU's word."""

@@ -118,12 +118,14 @@ class Outcome:
     def passed(self) -> bool:
         """Whether the drill proved what it is for.
 
-        That is a dump that is right, or the words that a fault expects; and if there is a dump beside these words, both.
+        That is a dump that is right, or the words that a fault expects, and right is whatever dump there is beside them. And
+        every fault must have been seen to act.
         """
-        if self.failure is not None or (self.verdict is not None and not self.verdict.passed):
+        if self.failure is not None or not all(fault.told for fault in self.faults):
             return False
-        telling = [fault for fault in self.faults if fault.expects == "told"]
-        return all(fault.told for fault in telling) if telling else self.verdict is not None
+        if self.verdict is None:
+            return any(fault.expects == "told" for fault in self.faults)
+        return self.verdict.passed
 
 
 def run_drill(scenario: Scenario, tell: Listener) -> Outcome:

@@ -52,8 +52,8 @@ class Ending:
 class Fault:
     """A fault of one drill, made from its word. What it does not override goes as in any drill.
 
-    `told` is what came of it, in one line, once that is known. A fault that expects words has none to show, and its drill does
-    not pass, until `told` says something.
+    `told` is what came of it, in one line, once that is known. Until it says something the fault was not seen to act, and its
+    drill does not pass.
     """
 
     name: ClassVar[str]

@@ -182,15 +182,9 @@ class StuckCpu(Fault):
         """Send it to a branch to itself in K1's text. Any earlier, and K1 might hang with it: CPUs wait for each other."""
         machine, cpu = drill.machine, drill.twin.smp - 1
         await debugger.halted()
-        registers = await machine.registers()
-        little = bool(registers[cpu]["msr"] & _MSR_LE)
-        place = _LINEAR + _branch_to_itself(drill, little_endian=little)
-        msr = registers[0]["msr"] & ~_MSR_EE_PR | _MSR_TRANSLATION
-        await debugger.write_register(cpu, _MSR, msr, little_endian=little)
-        await debugger.write_register(cpu, _NIP, place, little_endian=little)
-        at = (await machine.registers())[cpu]["nip"]
-        if at != place:
-            raise GuestSaidNo(f"QEMU did not send CPU {cpu} to {place:#x}, it is at {at:#x}")
+        here = (await machine.registers())[0]["msr"]
+        place = _LINEAR + _branch_to_itself(drill, little_endian=bool(here & _MSR_LE))
+        await machine.send_to(debugger, cpu, place, msr=here & ~_MSR_EE_PR | _MSR_TRANSLATION)
 
     def judged_by(self, truth: Truth) -> Truth:
         """All CPUs' registers but its own, if no system reset got them."""
@@ -206,7 +200,6 @@ class StuckCpu(Fault):
 
 _LINEAR = 0xC000000000000000  # where K1 has its physical memory (PAGE_OFFSET)
 _MSR_LE, _MSR_EE_PR, _MSR_TRANSLATION = 0x1, 0x8000 | 0x4000, 0x30  # Power ISA Book III 4.2.1
-_NIP, _MSR = 64, 65  # as the GDB remote protocol counts (ppc_cpu_gdb_write_register, target/ppc/gdbstub.c)
 _BRANCH_TO_ITSELF = 0x48000000
 
 

@@ -71,7 +71,7 @@ class DiskGone(_TargetLost):
     argument = "[alone]"
     summary = "K2 has no disk; with --capture it is given the network as a second target, but for `:alone`"
     target = "disk"
-    _signs = ("no disk /dev/vda", "/dev/vda")
+    _signs = ("/dev/vda",)
 
     def __init__(self, argument: str = "", seed: int = 0) -> None:
         super().__init__(argument, seed)
@@ -201,6 +201,11 @@ class K2OutOfMemory(Fault):
     def title(self) -> str:
         """What is done to the twin, in one line."""
         return f"all of K2's memory but {format_size(self._left)} is taken before the dump is saved"
+
+    @property
+    def slow(self) -> bool:
+        """Who has no memory may stand still anywhere."""
+        return True
 
     @property
     def k2_script(self) -> str:
