@@ -1,16 +1,20 @@
 """Where K2's reservation went: what K2 said as a table that adds up, whatever it said."""
 
 import json
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from crashkernel.drill import saving
 from crashkernel.drill.accounting import FREE, account
 from crashkernel.drill.saving import Footprint
 from crashkernel.memory import Range, RangeSet
 from crashkernel.placement.plan import LoadPlan
+from crashkernel.placement.sizing import page_structs
 
 MIB = 1 << 20
 REAL = json.loads((Path(__file__).parents[1] / "data" / "drills.json").read_text())
@@ -140,8 +144,19 @@ def test_whatever_k2_says_the_tables_add_up(messages, mmu):
 
 @pytest.mark.parametrize("page_size", [0x1000, 0x10000])
 def test_page_structs_are_counted_by_blocks(page_size):
-    from crashkernel.placement.sizing import page_structs
-
     memory = RangeSet([Range(0, 256 * MIB)])
     assert page_structs(memory, "hash", page_size) == 256 * MIB // page_size * 64
     assert page_structs(memory, "radix", page_size) == max(2 * MIB, 256 * MIB // page_size * 64)
+
+
+def test_the_guests_shell_says_what_the_host_reads():
+    """The shell function of the guest, run here: its words are taken as they come."""
+    script = (Path(saving.__file__).parent / "capture-init.sh").read_text()
+    sample, watch = (re.search(rf"^{name}\(\) {{.*?^}}", script, re.MULTILINE | re.DOTALL)[0] for name in ("sample", "watch"))
+    program = f'say() {{ echo "$*"; }}\n{sample}\n{watch}\nwatch\nkill $watcher'
+    said = subprocess.run(["sh", "-c", program], capture_output=True, text=True, check=True, timeout=30).stdout
+    kind, _, words = said.splitlines()[0].partition(" ")
+    assert kind in saving.FOOTPRINT_WORDS
+    footprint = heard([(kind, words)])
+    assert {"MemTotal", "MemFree", "MemAvailable", "Cached", "AnonPages", "Slab", "PageTables"} <= footprint.before.keys()
+    assert f"MemTotal: {footprint.total >> 10} kB" in re.sub(" +", " ", Path("/proc/meminfo").read_text())
