@@ -202,7 +202,18 @@ class TestArchive:
         assert any("downloading a_1_ppc64el.deb" in line for line in heard)
         before = len(mirror.calls)
         assert Archive(cache, "bookworm").unpack("a", "b") == tree
+        assert mirror.calls[before:] == []
+
+    @pytest.mark.parametrize("memo", ["", "[]", '{"stamp": 1, "packages": []}', '{"stamp": null}'])
+    def test_what_was_asked_of_another_index_or_is_damaged_is_asked_again(self, mirror, cache, memo):
+        mirror.add("a", files={"a": b"A"})
+        tree = Archive(cache, "bookworm").unpack("a")
+        (cache / "debian" / "bookworm" / "apt" / "known.json").write_text(memo)
+        before = len(mirror.calls)
+        assert Archive(cache, "bookworm").unpack("a") == tree
         assert [call.split()[0] for call in mirror.calls[before:]] == ["apt-cache"]
+        assert Archive(cache, "bookworm").unpack("a") == tree
+        assert len(mirror.calls) == before + 1
 
     def test_a_second_run_needs_no_network(self, mirror, cache):
         mirror.add("a", files={"a": b"A"})

@@ -26,6 +26,7 @@ import contextlib
 import fcntl
 import gzip
 import hashlib
+import json
 import lzma
 import mmap
 import os
@@ -36,7 +37,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from crashkernel.errors import EnvironmentFault, UsageError
@@ -410,7 +411,8 @@ class Archive:
         return [self._packages[name] for name in names]
 
     def _known(self, names: Sequence[str]) -> bool:
-        """Whether the index has all of them. One call of apt-cache, a tenth of a second, for all that are new."""
+        """Whether the index has all of them. One call of apt-cache, a tenth of a second or more, for all that are new."""
+        self._recall()
         wanted = [name for name in names if name not in self._packages]
         if wanted:
             # Of a purely virtual package it shows nothing and exits with 0; of an unknown one it complains, shows the
@@ -421,7 +423,27 @@ class Archive:
                 if stanza.strip():
                     package = Package.from_stanza(stanza)
                     self._packages.setdefault(package.name, package)
+            self._remember()
         return all(name in self._packages for name in names)
+
+    @property
+    def _memo(self) -> Path:
+        return self.root / "apt" / "known.json"
+
+    def _recall(self) -> None:
+        """What apt-cache told others of this index: a drill would ask it ten times, and a campaign has hundreds of drills."""
+        if self._packages or not self._stamp.exists():
+            return
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # it is only a memo
+            memo = json.loads(self._memo.read_text())
+            if memo["stamp"] == self._stamp.stat().st_mtime_ns:
+                packages = [Package(**{**each, "depends": tuple(each["depends"])}) for each in memo["packages"]]
+                self._packages = {package.name: package for package in packages}
+
+    def _remember(self) -> None:
+        if self._stamp.exists():
+            packages = [asdict(package) for package in self._packages.values()]
+            _replace(self._memo, json.dumps({"stamp": self._stamp.stat().st_mtime_ns, "packages": packages}))
 
     # -- packages
 

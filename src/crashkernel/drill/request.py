@@ -203,10 +203,11 @@ def fetch(request: DrillRequest, progress: Callable[[str], None], *, kexec_tools
         raise EnvironmentFault(f"{QEMU} is not installed", hint="apt-get install qemu-system-ppc")
     if request.initrd and not os.access(request.initrd, os.R_OK):
         raise UsageError(f"cannot read the initrd {request.initrd}", hint="give the path of an existing, readable file")
-    k1, k2 = (
-        bigendian.find_kernel() if spec == bigendian.SPEC else resolve_kernel(spec, progress=progress)
-        for spec in request.kernels
-    )
+    found = {
+        spec: bigendian.find_kernel() if spec == bigendian.SPEC else resolve_kernel(spec, progress=progress)
+        for spec in dict.fromkeys(request.kernels)
+    }
+    k1, k2 = (found[spec] for spec in request.kernels)
     if k1.byteorder != k2.byteorder:
         raise UsageError(f"{k1.name} and {k2.name} are of different byte order: K2 could not read what K1 left it")
     if k1.byteorder == "little":
