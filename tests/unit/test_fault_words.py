@@ -263,12 +263,16 @@ class TestWhatTheVerdictIsToFind:
         plan = tiny_plan()
         return truth_of(plan, memory_of(plan), tmp_path)
 
-    def test_a_stuck_cpu_leaves_no_registers(self, truth):
-        assert the_fault("stuck-cpu").judged_by(truth) == replace(truth, cpus=truth.cpus - 1, lost_cpus=1)
+    def test_a_stuck_cpu_s_registers_are_wanted_as_they_were(self, truth):
+        fault = the_fault("stuck-cpu")
+        fault._registers = {"nip": 0x2000, "gpr1": 7, "gpr13": 8, "msr": 9}
+        seen = fault.judged_by(replace(truth, registers=({"nip": 1},)))
+        assert seen == replace(truth, registers=({"nip": 1}, {"nip": 0x2000, "gpr1": 7}))
 
-    def test_but_a_system_reset_gets_them(self, truth):
-        stuck, _ = parse_faults(request_for("stuck-cpu", "nmi"))
-        assert stuck.judged_by(truth) == truth
+    def test_but_not_of_one_that_k1_gave_up(self, truth):
+        fault = the_fault("stuck-cpu")
+        fault._given_up = "ERROR: 1 cpu(s) not responding"
+        assert fault.judged_by(truth) == replace(truth, cpus=truth.cpus - 1, lost_cpus=1)
 
     def test_a_cpu_that_came(self, truth):
         assert the_fault("cpu-added").judged_by(truth).cpus == truth.cpus + 1

@@ -75,6 +75,11 @@ async def have_done(machine: RunningTwin, script: str) -> list[str]:
                 answers.append(rest)
 
 
+def pinned(cpu: int) -> str:
+    """A command for `have_done`: from now on K1's init, which crashes it, runs on that CPU."""
+    return f'python3.11 -S -c "import os; os.sched_setaffinity(1, {{{cpu}}})"'
+
+
 async def loaded_plan(machine: RunningTwin, log: Callable[[str], None]) -> LoadPlan:
     """The plan of what K1 has loaded, as K1 sends it; what the loader prints goes to `log`.
 

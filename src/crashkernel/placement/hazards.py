@@ -524,17 +524,17 @@ _CHECKS: dict[str, tuple[str, str, Callable[[_Subject], _Finding]]] = {
     ),
     "freed-init": (
         "K1's freed init pages",
-        "free_initmem, arch/powerpc/mm/mem.c; /proc/kpageflags; seen: crashkernel drill --dma init",
+        "free_initmem, arch/powerpc/mm/mem.c; /proc/kpageflags; seen: crashkernel drill --fault dma:init",
         _freed_init,
     ),
     "slack": (
         "K1's memory behind its image",
-        "/proc/kpageflags; seen: crashkernel drill --dma slack",
+        "/proc/kpageflags; seen: crashkernel drill --fault dma:slack",
         _slack,
     ),
     "static-data": (
         "DMA to K1's static data",
-        "Documentation/core-api/dma-api-howto.rst, What memory is DMA'able?; seen: crashkernel drill --dma data",
+        "Documentation/core-api/dma-api-howto.rst, What memory is DMA'able?; seen: crashkernel drill --fault dma:data",
         _static_data,
     ),
     "early-allocator": (

@@ -154,6 +154,11 @@ class Fault:
         return False
 
 
+def saved_exactly(registers: Mapping[str, int]) -> Mapping[str, int]:
+    """What of a CPU's registers goes into its note as it was: not all of the MSR, and r13 is the kernel's own."""
+    return {name: value for name, value in registers.items() if name not in ("msr", "gpr13")}
+
+
 def console_text(path: Path) -> str:
     """All that a twin said on its console."""
     return path.read_text(errors="replace").replace("\r", "") if path.exists() else ""

@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from crashkernel.drill.conversation import have_done, loaded_plan
-from crashkernel.drill.faults.base import Fault
+from crashkernel.drill.conversation import have_done, loaded_plan, pinned
+from crashkernel.drill.faults.base import Fault, console_text, saved_exactly
 from crashkernel.drill.ram import read_ram
 from crashkernel.drill.stages import FAULT, GuestSaidNo, purgatory_lines
 from crashkernel.errors import UsageError
 from crashkernel.memory import Range, format_size, parse_size
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from crashkernel.drill.faults.base import Ending, Running
     from crashkernel.drill.qemu import Debugger, Hardware
     from crashkernel.drill.request import DrillRequest
@@ -76,7 +78,11 @@ class _Came(Fault):
 
 
 class CpuAdded(_Came):
-    """A CPU. K1 has a note buffer for each that may come, and all are in the header: no dump lacks its registers."""
+    """A CPU. K1 has a note buffer for each that may come, and all are in the header: no dump lacks its registers.
+
+    But K2's device tree has it only after a refresh, and before that K2 cannot boot on it. Here an old one crashes, and with
+    the fault `secondary` the new one.
+    """
 
     name = "cpu-added"
     _what = "a CPU is"
@@ -90,6 +96,7 @@ class CpuAdded(_Came):
         number = await drill.machine.plug_cpu()
         online = f"/sys/devices/system/cpu/cpu{number}/online"
         await have_done(drill.machine, f"while [ ! -e {online} ] || [ $(cat {online}) != 1 ]; do sleep 0.1; done")
+        await have_done(drill.machine, pinned(0))
 
     def judged_by(self, truth: Truth) -> Truth:
         """One more."""
@@ -152,14 +159,17 @@ class MemoryAdded(_Came):
 
 
 class StuckCpu(Fault):
-    """The last CPU turns round on one instruction, interrupts off: K1 cannot stop it, and gives it up after ten seconds.
+    """The last CPU turns round on one instruction, interrupts off.
 
-    Its registers are not to be had, but by a system reset. Nor can anybody take its hypervisor areas back.
+    A kernel that has a system reset for its other CPUs (`smp_send_nmi_ipi`, arch/powerpc/kernel/smp.c) gets at it, and its
+    registers. If not, it is given up after ten seconds; then nobody can take its hypervisor areas back either.
     """
 
     name = "stuck-cpu"
     kind = "change"
     summary = "K1's last CPU is stuck with interrupts off, and answers nobody"
+    _registers: Mapping[str, int]
+    _given_up = ""  # K1's words for it
 
     def fit(self, request: DrillRequest) -> None:
         """Not the only one; and it is not the one that crashes.
@@ -170,12 +180,14 @@ class StuckCpu(Fault):
             raise UsageError("fault stuck-cpu needs a second CPU", hint="add --smp 2")
         if "secondary" in request.fault:
             raise UsageError("faults stuck-cpu and secondary: a CPU that is stuck does not crash", hint="give one of them")
-        self._reset = "nmi" in request.fault
 
     async def loaded(self, drill: Running) -> None:
-        """Have it busy: one that sleeps does nothing."""
+        """Have it busy, for one that sleeps does nothing, and with nothing that init waits for."""
+        interrupts = "for each in /proc/irq/*/smp_affinity_list; do echo 0 >$each; done 2>/dev/null; true"
         busy = f"import os; os.sched_setaffinity(0, {{{drill.twin.smp - 1}}}); [0 for _ in iter(int, 1)]"
         async with drill.clock.stage(FAULT, drill.machine):
+            await have_done(drill.machine, interrupts)
+            await have_done(drill.machine, pinned(0))
             await have_done(drill.machine, f'python3.11 -S -c "{busy}" 3>&- & sleep 1')
 
     async def dying(self, drill: Running, debugger: Debugger) -> None:
@@ -184,17 +196,26 @@ class StuckCpu(Fault):
         await debugger.halted()
         here = (await machine.registers())[0]["msr"]
         place = _LINEAR + _branch_to_itself(drill, little_endian=bool(here & _MSR_LE))
-        await machine.send_to(debugger, cpu, place, msr=here & ~_MSR_EE_PR | _MSR_TRANSLATION)
+        self._registers = await machine.send_to(debugger, cpu, place, msr=here & ~_MSR_EE_PR | _MSR_TRANSLATION)
+
+    async def dead(self, drill: Running, debugger: Debugger, truth: Truth) -> bool:
+        """K1 has said by now whether it got at it."""
+        console = console_text(drill.machine.wiring.directory / "console.log")
+        self._given_up = next((line.partition("] ")[2] for line in console.splitlines() if "not responding" in line), "")
+        return False
 
     def judged_by(self, truth: Truth) -> Truth:
-        """All CPUs' registers but its own, if no system reset got them."""
-        return truth if self._reset else replace(truth, cpus=truth.cpus - 1, lost_cpus=1)
+        """Its registers, as QEMU set them; or none, if K1 gave it up."""
+        if self._given_up:
+            return replace(truth, cpus=truth.cpus - 1, lost_cpus=1)
+        return replace(truth, registers=(*truth.registers, saved_exactly(self._registers)))
 
     def conclude(self, ending: Ending) -> bool:
-        """What K1 and the purgatory said of it."""
-        k1 = [line.partition("] ")[2] for line in ending.console.splitlines() if "not responding" in line]
-        came = [line for line in purgatory_lines(ending.console.splitlines()) if "other CPUs came" in line]
-        self.told = "; ".join([*k1[:1], *came[:1]])
+        """What K1 and the purgatory made of it."""
+        if ending.verdict is not None and ending.verdict.registers_ok:
+            came = [line for line in purgatory_lines(ending.console.splitlines()) if "other CPUs came" in line]
+            k1 = self._given_up or f"the dump has its registers, at {self._registers['nip']:#x}"
+            self.told = "; ".join([k1, *came])
         return False
 
 

@@ -6,8 +6,8 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from crashkernel.drill.conversation import have_done
-from crashkernel.drill.faults.base import Fault
+from crashkernel.drill.conversation import have_done, pinned
+from crashkernel.drill.faults.base import Fault, saved_exactly
 from crashkernel.drill.stages import CRASH, DAMAGE, FAULT, GuestSaidNo, purgatory_lines
 from crashkernel.errors import UsageError
 
@@ -36,14 +36,15 @@ class OnOtherCpu(Fault):
 
         :raise UsageError: there is only one.
         """
-        if request.smp < 2:
+        came = any(word.partition(":")[0] == "cpu-added" for word in request.fault)
+        if request.smp + came < 2:
             raise UsageError("fault secondary needs a second CPU", hint="add --smp 2")
+        self._cpu = request.smp - 1 + came
 
     async def loaded(self, drill: Running) -> None:
         """Move init there."""
-        self._cpu = drill.twin.smp - 1
         async with drill.clock.stage(FAULT, drill.machine):
-            await have_done(drill.machine, _python(f"import os; os.sched_setaffinity(1, {{{self._cpu}}})"))
+            await have_done(drill.machine, pinned(self._cpu))
 
     def judged_by(self, truth: Truth) -> Truth:
         """The crashed task's registers are that CPU's."""
@@ -115,7 +116,7 @@ class Oops(_AtFunction):
 
     def judged_by(self, truth: Truth) -> Truth:
         """Whoever was there: with the registers that QEMU had."""
-        return replace(truth, crashed_pid=None, registers=(_exact(self._registers),))
+        return replace(truth, crashed_pid=None, registers=(*truth.registers, saved_exactly(self._registers or {})))
 
     def conclude(self, ending: Ending) -> bool:
         """The verdict has seen to it."""
@@ -251,8 +252,8 @@ class Nmi(Fault):
         """No panic's line; and on a partition, whose idle CPUs keep their registers, what QEMU had."""
         if self._again:
             return truth
-        known = () if truth.firmware else tuple(_exact(each) for each in self._registers)
-        return replace(truth, crashed_pid=None, panic="", says_why=False, registers=known)
+        known = () if truth.firmware else tuple(saved_exactly(each) for each in self._registers)
+        return replace(truth, crashed_pid=None, panic="", says_why=False, registers=(*truth.registers, *known))
 
     def conclude(self, ending: Ending) -> bool:
         """The verdict has seen to it."""
@@ -294,11 +295,6 @@ class MemoryPressure(Fault):
         """What K1 said before it died."""
         self.told = self._seen
         return False
-
-
-def _exact(registers: Mapping[str, int] | None) -> Mapping[str, int]:
-    """What of a CPU's registers goes into its note as it was: not all of the MSR, and r13 is the kernel's own."""
-    return {name: value for name, value in (registers or {}).items() if name not in ("msr", "gpr13")}
 
 
 def _function_name(text: str, word: str) -> str:
