@@ -32,7 +32,8 @@ STAGES_VARIABLE = "CRASHKERNEL_STAGES"
 
 _FILES = 3  # RAM, its copy, K2's disk; a filtered dump is taken off that
 _PROGRAMS = 512 << 20  # bytes: QEMU itself, the images, the judge
-_PATIENCE = 0.2  # seconds between two looks at the ledger
+_PATIENCE = 0.2  # seconds between two looks at the ledger, of the first in the queue
+_SELDOM = 20  # times that at the most, of those behind it
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,18 +181,15 @@ def _entered(share: Share) -> Iterator[_OwnEntry]:
 
 def _turn(own: _OwnEntry, waiting: Callable[[str], None]) -> Path:
     """Wait until there is room, and nobody who came earlier waits for it; where the room is."""
-    told, waited = "", False
+    told, waited, ahead = "", False, 0
     while True:
-        remove_leftovers()
+        if not ahead:
+            remove_leftovers()
         with _guarded():
             entries = [entry for entry in _read() if entry.number != own.number]
             admitted = [entry for entry in entries if entry.admitted]
-            earlier = [entry for entry in entries if not entry.admitted and entry.number < own.number]
-            reason = (
-                f"{len(earlier)} drill{'s' * (len(earlier) > 1)} that came earlier"
-                if earlier
-                else _shortage(own.share, admitted)
-            )
+            ahead = sum(not entry.admitted and entry.number < own.number for entry in entries)
+            reason = f"{ahead} drill{'s' * (ahead > 1)} that came earlier" if ahead else _shortage(own.share, admitted)
             place = None if reason else _roomy(own.share, admitted)
             if place:
                 own.admit()
@@ -205,7 +203,7 @@ def _turn(own: _OwnEntry, waiting: Callable[[str], None]) -> Path:
         if waited and reason != told:  # a turn that comes at once is no waiting
             waiting(told := reason)
         waited = True
-        time.sleep(_PATIENCE)
+        time.sleep(_PATIENCE * min(1 + ahead, _SELDOM))  # a long queue that looks all the time is a load of its own
 
 
 def _shortage(share: Share, admitted: list[Entry]) -> str:
