@@ -272,7 +272,7 @@ class TestWhatTheVerdictIsToFind:
     def test_but_not_of_one_that_k1_gave_up(self, truth):
         fault = the_fault("stuck-cpu")
         fault._given_up = "ERROR: 1 cpu(s) not responding"
-        assert fault.judged_by(truth) == replace(truth, cpus=truth.cpus - 1, lost_cpus=1)
+        assert fault.judged_by(truth) == replace(truth, cpus=truth.cpus - 1)
 
     def test_a_cpu_that_came(self, truth):
         assert the_fault("cpu-added").judged_by(truth).cpus == truth.cpus + 1

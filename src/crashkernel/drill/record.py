@@ -154,7 +154,6 @@ def evidence_json(truth: Truth, saving: Saving | None = None) -> str:
             "says_why": truth.says_why,
             "crashed_cpu": truth.crashed_cpu,
             "registers": [dict(each) for each in truth.registers],
-            "lost_cpus": truth.lost_cpus,
             "capture": None if saving is None else asdict(saving),
         },
         indent=1,
@@ -220,7 +219,6 @@ def judge_kept(directory: Path) -> Verdict:
             says_why=bool(raw["says_why"]),
             crashed_cpu=None if raw["crashed_cpu"] is None else int(raw["crashed_cpu"]),
             registers=tuple({str(name): int(value) for name, value in each.items()} for each in raw["registers"]),
-            lost_cpus=int(raw["lost_cpus"]),
         )
         if raw.get("capture") is None:
             return judge(directory / DUMP, truth, plan)

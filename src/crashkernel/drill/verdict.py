@@ -66,7 +66,6 @@ class Truth:
     says_why: bool = True  # K1 prints a line when it dies; if not, there is none to be looked for
     crashed_cpu: int | None = None  # the CPU whose registers are the crashed task's, None: any
     registers: tuple[Mapping[str, int], ...] = ()  # some of a CPU's as the host saw them: each must be in the dump
-    lost_cpus: int = 0  # whose registers nobody could save, and whose hypervisor areas nobody could take back
 
     @property
     def k1_memory(self) -> RangeSet:

@@ -207,7 +207,7 @@ class StuckCpu(Fault):
     def judged_by(self, truth: Truth) -> Truth:
         """Its registers, as QEMU set them; or none, if K1 gave it up."""
         if self._given_up:
-            return replace(truth, cpus=truth.cpus - 1, lost_cpus=1)
+            return replace(truth, cpus=truth.cpus - 1)
         return replace(truth, registers=(*truth.registers, saved_exactly(self._registers)))
 
     def conclude(self, ending: Ending) -> bool:
