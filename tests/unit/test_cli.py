@@ -90,8 +90,8 @@ def test_plan_as_json_is_a_plan_that_can_be_drawn_again(files, capsys):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ([], "console=hvc0 maxcpus=1 irqpoll reset_devices"),
-        (["--reuse-cmdline"], "root=/dev/sda1 console=hvc0 quiet maxcpus=1 irqpoll reset_devices"),
+        ([], "console=hvc0 maxcpus=1 numa=off irqpoll reset_devices"),
+        (["--reuse-cmdline"], "root=/dev/sda1 console=hvc0 quiet maxcpus=1 numa=off irqpoll reset_devices"),
         (["--append", "only this"], "only this"),
     ],
 )
@@ -145,7 +145,7 @@ def test_the_help_names_what_happens_without_the_option(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "with --kernel: none" in text
     assert "halt, reboot, or enter K2 all the same (default: reboot)" in text
-    assert "without crashkernel=, elfcorehdr=, fadump=, BOOT_IMAGE=, and 'maxcpus=1 irqpoll reset_devices' added" in text
+    assert "without crashkernel=, elfcorehdr=, fadump=, BOOT_IMAGE=, and 'maxcpus=1 numa=off irqpoll reset_devices' added" in text
 
 
 class TestBadInput:

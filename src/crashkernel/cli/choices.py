@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from crashkernel.machine import Machine
     from crashkernel.placement.image import KernelImage
 
-DEFAULT_OPTIONS = "maxcpus=1 irqpoll reset_devices"
+DEFAULT_OPTIONS = "maxcpus=1 numa=off irqpoll reset_devices"
 """What every capture kernel wants: one CPU, interrupts that nobody asked for any more, devices in an unknown state."""
 
 _NOT_FOR_K2 = ("crashkernel=", "elfcorehdr=", "fadump=", "BOOT_IMAGE=")

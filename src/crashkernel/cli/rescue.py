@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _LOAD_EPILOG = """examples:
   crashkernel load                                  K2 is this host's own kernel, in the reserved region
   crashkernel load --placement zero                 the same, to be exchanged down to address zero
-  crashkernel load --kernel vmlinux --initrd rescue.img --append 'console=hvc0 maxcpus=1'
+  crashkernel load --kernel vmlinux --initrd rescue.img --append 'console=hvc0 maxcpus=1 numa=off'
   crashkernel load --dry-run                        plan and build everything, load nothing
   crashkernel load --refresh                        the same as last time, if the machine has changed since
 

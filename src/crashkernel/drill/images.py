@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from crashkernel.drill.scenario import Scenario
 
 CAPTURE_CMDLINE = "console=hvc0 irqpoll reset_devices rdinit=/init"
-_ONE_CPU = " maxcpus=1"
+# A driver's probe is sent to the first CPU of the device's node (pci_call_probe, drivers/pci/pci-driver.c), and waits for ever
+# where that is not the one CPU that runs: seen on powernv9, when K1 crashed on its second. Without nodes it is sent nowhere.
+_ONE_CPU = " maxcpus=1 numa=off"
 # As tmpfs the root may take half of the memory that is free while its archive is still there (init_rootfs, init/do_mounts.c),
 # and what goes beyond is silently left out.
 _WHOLE_ROOT = " rootfstype=ramfs"
