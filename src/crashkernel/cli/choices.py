@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from crashkernel.placement.image import KernelImage
 
 DEFAULT_OPTIONS = "maxcpus=1 numa=off irqpoll reset_devices"
-"""What every capture kernel wants: one CPU, interrupts that nobody asked for any more, devices in an unknown state."""
+"""What every capture kernel wants: one CPU, which no driver's probe is to look for elsewhere (docs/architecture.md, findings);
+interrupts that nobody asked for any more; devices in an unknown state."""
 
 _NOT_FOR_K2 = ("crashkernel=", "elfcorehdr=", "fadump=", "BOOT_IMAGE=")
 

@@ -106,7 +106,7 @@ copy_whole() {
 
     kill $watcher $counter
     wait $watcher $counter 2>/dev/null
-    [ $status = 0 ] || fail "dd: exit $status: $(tail -n 1 /dd.log)"
+    [ $status = 0 ] || fail "dd: exit $status: $(echo $(cat /dd.log))"
     written
     [ $bytes -ge $size ] || fail "dd wrote $bytes bytes of $size"
 }
