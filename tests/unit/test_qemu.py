@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from crashkernel.drill.guest import PORT_NAME
-from crashkernel.drill.qemu import Debugger, Hardware, Wiring, plug_address, qemu_command
+from crashkernel.drill.qemu import Debugger, Hardware, RunningTwin, Wiring, plug_address, qemu_command
 from crashkernel.drill.twin import MACHINES, Twin
 from crashkernel.errors import EnvironmentFault, UsageError
 
@@ -231,6 +231,34 @@ class TestDebugger:
             return await debugger.stopped()
 
         assert self.talk([stop], run) == (cpu, ["c"])
+
+
+class FakeTwin(RunningTwin):
+    """A twin without QEMU: its CPUs' registers are a list, which its debugger writes."""
+
+    def __init__(self, *cpus, deaf=False):
+        self.cpus, self.deaf = list(cpus), deaf
+
+    async def registers(self):
+        return [dict(cpu) for cpu in self.cpus]
+
+    async def write_register(self, cpu, number, value, *, little_endian):
+        assert little_endian == bool(self.cpus[cpu]["msr"] & 1)
+        if not self.deaf:
+            self.cpus[cpu][{64: "nip", 65: "msr"}[number]] = value
+
+
+class TestSendingACpuElsewhere:
+    def test_it_is_there_then_and_the_others_are_where_they_were(self):
+        twin = FakeTwin({"nip": 1, "msr": 0x1}, {"nip": 2, "msr": 0x8001})
+        assert asyncio.run(twin.send_to(twin, 1, 0x2000)) == {"nip": 0x2000, "msr": 0x8001}
+        assert asyncio.run(twin.send_to(twin, 1, 0x3000, msr=0x31)) == {"nip": 0x3000, "msr": 0x31}
+        assert twin.cpus[0] == {"nip": 1, "msr": 1}
+
+    def test_a_qemu_that_does_not_do_it_is_told(self):
+        twin = FakeTwin({"nip": 1, "msr": 0}, deaf=True)
+        with pytest.raises(EnvironmentFault, match="did not send CPU 0 to 0x2000, it is at 0x1"):
+            asyncio.run(twin.send_to(twin, 0, 0x2000))
 
 
 class TestTwin:
