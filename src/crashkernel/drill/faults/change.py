@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from crashkernel.drill.conversation import have_done, loaded_plan, pinned
+from crashkernel.drill.conversation import expect, have_done, loaded_plan, pinned
 from crashkernel.drill.faults.base import Fault, console_text, saved_exactly
 from crashkernel.drill.ram import read_ram
 from crashkernel.drill.stages import FAULT, GuestSaidNo, purgatory_lines
@@ -24,7 +24,7 @@ _CAME = 256 << 20  # bytes; a block of memory that a partition may be given (ibm
 _GIB = 1 << 30
 _STATUS = 'crashkernel status </dev/null 2>&1 3>&- | while IFS= read -r line; do say "answer $line"; done'
 _REFRESH = (
-    "crashkernel load --refresh --plan-out /tmp/plan.json </dev/null 2>&1 3>&- | "
+    ": >/tmp/plan.json; crashkernel load --refresh --plan-out /tmp/plan.json </dev/null 2>&1 3>&- | "
     'while IFS= read -r line; do say "log $line"; done; send plan /tmp/plan.json'
 )
 
@@ -70,8 +70,8 @@ class _Came(Fault):
             if self._refresh:
                 drill.machine.say(f"do {_REFRESH}")
                 drill.plan = await loaded_plan(drill.machine, note)
-                while await drill.machine.line() != "did 0":
-                    pass
+                if (status := await expect(drill.machine, "did")) != "0":
+                    raise GuestSaidNo(f"K1 could not load again: exit {status}")
 
     async def _plug(self, drill: Running) -> None:
         raise NotImplementedError
