@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 # A machine that also runs twins is slow at times; an example has no deadline of its own, the test has pytest's.
 settings.register_profile("crashkernel", deadline=None)
 settings.load_profile("crashkernel")
+
+
+@pytest.fixture
+def short_path():
+    """A directory whose path leaves room for the name of a socket (sun_path); pytest's own are too long for that."""
+    with tempfile.TemporaryDirectory(prefix="ck-") as name:
+        yield Path(name)
 
 
 def pytest_collection_modifyitems(items):

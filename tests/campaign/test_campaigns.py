@@ -10,7 +10,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -31,15 +30,8 @@ placement = ["zero", "reserved"]
 
 
 @pytest.fixture
-def place():
-    """Where the drills work; QEMU's sockets could not have pytest's long names."""
-    with tempfile.TemporaryDirectory(prefix="ck-") as name:
-        yield Path(name)
-
-
-@pytest.fixture
-def environment(tmp_path, place):
-    return {**os.environ, "TMPDIR": str(place), "FAKE_LEDGER": str(tmp_path / "ledger"), "FAKE_LOG": str(tmp_path / "log")}
+def environment(tmp_path, short_path):
+    return {**os.environ, "TMPDIR": str(short_path), "FAKE_LEDGER": str(tmp_path / "ledger"), "FAKE_LOG": str(tmp_path / "log")}
 
 
 def campaign(tmp_path, text: str) -> tuple[Path, Path]:
@@ -62,11 +54,12 @@ def begun(tmp_path) -> Counter:
     return Counter(tuple(word for word in line if word.startswith(("--placement", "--kernel"))) for line in words)
 
 
-def test_every_drill_has_one_result_whoever_is_killed(tmp_path, place, environment):
+def test_every_drill_has_one_result_whoever_is_killed(tmp_path, short_path, environment):
     """Ten kills of workers and drivers at random moments; nothing of what they had started is left."""
     file, db = campaign(tmp_path, FORTY)
     seed = int.from_bytes(os.urandom(4))
-    havoc = wreak([*FAKE, str(file), str(db)], db, place, drills=40, kills=10, delay=0.6, seed=seed, environment=environment)
+    command = [*FAKE, str(file), str(db)]
+    havoc = wreak(command, db, short_path, drills=40, kills=10, delay=0.6, seed=seed, environment=environment)
     assert not havoc.problems, f"seed {seed}: {havoc}\n{havoc.output}"
     assert havoc.results == {"PASS": 40}, f"seed {seed}: {havoc}\n{havoc.output}"
     assert havoc.workers_killed + havoc.drivers_killed == 10
@@ -94,7 +87,7 @@ def test_what_has_a_result_is_not_run_again(tmp_path, environment):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_an_interrupted_campaign_ends_what_runs_and_says_so(tmp_path, place, environment, number):
+def test_an_interrupted_campaign_ends_what_runs_and_says_so(tmp_path, short_path, environment, number):
     file, db = campaign(tmp_path, FORTY.replace('"c"', '"hang"'))
     process = subprocess.Popen(
         [*FAKE, str(file), str(db)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -113,7 +106,7 @@ def test_an_interrupted_campaign_ends_what_runs_and_says_so(tmp_path, place, env
     assert rows(db, "SELECT state FROM campaign") == [("interrupted",)]
     assert rows(db, "SELECT count(*) FROM result WHERE verdict != 'PASS'") == [(0,)]
     assert rows(db, "SELECT count(*) FROM result") >= done
-    assert list(place.iterdir()) == []
+    assert list(short_path.iterdir()) == []
 
 
 def test_a_terminal_shows_what_runs_and_keeps_a_whole_line_for_each_result(tmp_path, environment):

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import tempfile
 import time
 from pathlib import Path
 
@@ -62,13 +61,6 @@ def test_k2_that_dies_before_its_console_is_quoted_from_its_memory(tmp_path):
     assert failure["stage"] == "K2 boot"
     assert "its log says: Kernel panic - not syncing: early_alloc_pgtable: Failed to allocate" in failure["message"]
     assert "raise crashkernel=" in failure["likely"]
-
-
-@pytest.fixture
-def short_path():
-    """A directory whose path leaves room for the name of a socket."""
-    with tempfile.TemporaryDirectory() as name:
-        yield Path(name)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

@@ -29,13 +29,13 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def place(short_path, monkeypatch):
     """A ledger and a place of its own, and a host of two CPUs and a gibibyte."""
-    monkeypatch.setattr(budget, "LEDGER", tmp_path / "ledger")
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(budget, "LEDGER", short_path / "ledger")
+    monkeypatch.setenv("TMPDIR", str(short_path))
     monkeypatch.setenv(budget.CPUS_VARIABLE, "2")
     monkeypatch.setenv(budget.MEMORY_VARIABLE, "1G")
-    return tmp_path
+    return short_path
 
 
 class Drill:

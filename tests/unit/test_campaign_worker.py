@@ -20,11 +20,11 @@ FAKE = Path(__file__).parents[1] / "support" / "fakedrill.py"
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    monkeypatch.setattr(budget, "LEDGER", tmp_path / "ledger")
-    monkeypatch.setenv("FAKE_LEDGER", str(tmp_path / "ledger"))
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    return tmp_path
+def place(short_path, monkeypatch):
+    monkeypatch.setattr(budget, "LEDGER", short_path / "ledger")
+    monkeypatch.setenv("FAKE_LEDGER", str(short_path / "ledger"))
+    monkeypatch.setenv("TMPDIR", str(short_path))
+    return short_path
 
 
 def task(kernel: str, deadline: float = 20.0, **more) -> Task:
