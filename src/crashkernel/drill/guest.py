@@ -48,7 +48,7 @@ CAPTURE_MODULES = ("virtio_pci", "virtio_console", "virtio_blk")
 NETWORK_MODULES = ("virtio_net",)  # K2's, when the dump leaves over the network
 
 CRASH_APPLETS = ("sh", "cat", "hexdump", "insmod", "mount", "poweroff", "sleep", "stat")
-CAPTURE_APPLETS = ("sh", "cat", "dd", "insmod", "mount", "poweroff", "sleep", "stat", "tail")
+CAPTURE_APPLETS = ("sh", "cat", "dd", "insmod", "mount", "poweroff", "sleep", "stat")
 NETWORK_APPLETS = ("ifconfig",)  # K2's, likewise
 
 _NOT_IN_K1 = ("drill", "bench", "campaign", "vmcore", "capture", "target", "dump")
