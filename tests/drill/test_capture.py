@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from drill_command import COMMAND
 
-from crashkernel.drill import arrival, scenario
+from crashkernel.drill import arrival, images, scenario
 from crashkernel.drill.debian import Archive, default_cache, silent
 from crashkernel.drill.kdump import KdumpFile
 from crashkernel.drill.record import judge_kept
@@ -205,7 +205,7 @@ def test_makedumpfile_in_the_same_guest_selects_the_same_pages(tmp_path, monkeyp
     """makedumpfile 1.7.2 knows 6.1. Of 7.2 neither it nor 1.7.8 does: that one leaves out pages that no level drops."""
     if shutil.which("qemu-system-ppc64") is None:
         pytest.skip("qemu-system-ppc64 is not installed")
-    build, take = scenario.build_capture_image, arrival.from_disk
+    build, take = images.build_capture_image, arrival.from_disk
 
     def build_with_peer(*arguments, **options):
         image = build(*arguments, **options)
@@ -219,7 +219,7 @@ def test_makedumpfile_in_the_same_guest_selects_the_same_pages(tmp_path, monkeyp
             (tmp_path / "peer").write_bytes(unflattened(file.read()))
         return take(disk, directory)
 
-    monkeypatch.setattr(scenario, "build_capture_image", build_with_peer)
+    monkeypatch.setattr(images, "build_capture_image", build_with_peer)
     monkeypatch.setattr(arrival, "from_disk", take_both)
     request = DrillRequest(mmu=mmu, memory="1G", crashkernel="256M", placement="reserved", capture=31)
     supplies = fetch(request, silent)
