@@ -222,6 +222,7 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path):
 
 WRITER = """
 import sys
+import time
 from pathlib import Path
 from crashkernel.campaign.file import parse_campaign
 from crashkernel.campaign.store import Result, Store
@@ -229,6 +230,7 @@ path = Path(sys.argv[1])
 campaign = parse_campaign('name = "t"\\nrepeats = 500\\n[[drill]]', "t.toml")
 with Store.open(path, campaign, {}) as store:
     for drill in store.drills(pending=True):
+        time.sleep(0.01)  # not done before the last kill
         store.attempted(drill.number)
         store.add(drill.number, Result("PASS", stages={"a": 1.0, "b": 2.0}, record={"x": "y" * 2000}, console="z" * 5000))
 """
