@@ -7,7 +7,7 @@ import pytest
 from crashkernel.campaign import worker
 from crashkernel.campaign.cluster import connected
 from crashkernel.campaign.file import parse_campaign
-from crashkernel.campaign.run import Estimate, Settings, describe_host, request_share, run_campaign
+from crashkernel.campaign.run import Estimate, Settings, describe_host, run_campaign
 from crashkernel.campaign.store import Result, Store
 from crashkernel.drill.budget import Share
 from crashkernel.drill.request import DrillRequest
@@ -56,8 +56,8 @@ def test_the_time_left_is_what_waits_and_the_rest_of_what_runs():
 
 
 def test_what_a_drill_takes():
-    assert request_share(DrillRequest(memory="1G", smp=4)) == Share(2, (3 << 30) + (512 << 20))
-    assert request_share(DrillRequest(memory="1G", capture=31)) == Share(1, (4 << 30) + (512 << 20))
+    assert DrillRequest(memory="1G", smp=4).share == Share(2, (3 << 30) + (512 << 20))
+    assert DrillRequest(memory="1G", capture=31).share == Share(1, (4 << 30) + (512 << 20))
 
 
 def test_limits_are_handed_on_as_the_ledger_reads_them():

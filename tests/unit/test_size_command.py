@@ -16,7 +16,7 @@ import pytest
 from crashkernel import cli
 from crashkernel.campaign import sizing, worker
 from crashkernel.cli import size as command
-from crashkernel.drill.request import DrillRequest
+from crashkernel.drill.request import DrillRequest, Supplies
 from crashkernel.placement.sizing import Initrd
 from support.campaigns import write_campaign
 
@@ -61,10 +61,8 @@ def played(tmp_path, monkeypatch):
     class Kernel:
         name = "6.1.0-test"
 
-    class Supplies:
-        k1 = k2 = Kernel()
-
-    monkeypatch.setattr(command, "fetch", lambda _request, _tell: Supplies())
+    kernel = Kernel()
+    monkeypatch.setattr(command, "fetch", lambda _request, _tell: Supplies(kernel, kernel, None))
     monkeypatch.setattr(
         sizing,
         "expect",
@@ -171,10 +169,11 @@ def test_ctrl_c_ends_the_drills_too(played, tmp_path, monkeypatch):
             from crashkernel import cli
             from crashkernel.campaign import sizing, worker
             from crashkernel.cli import size
+            from crashkernel.drill.request import Supplies
             from crashkernel.placement.sizing import Initrd
             worker.PROGRAM = {worker.PROGRAM!r}
-            supplies = type("Supplies", (), {{"k1": type("Kernel", (), {{"name": "test"}})}})
-            supplies.k2 = supplies.k1
+            kernel = type("Kernel", (), {{"name": "test"}})
+            supplies = Supplies(kernel, kernel, None)
             size.fetch = lambda request, tell: supplies
             sizing.expect = lambda request, _: sizing.Expectation(request, 40 << 20, Initrd(1 << 20, 1 << 20))
             sys.exit(cli.main(["size"]))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
+
+from crashkernel.report.campaign import numberless
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from crashkernel.report.campaign import Campaign, Drill
 
 Kind = Literal["worse", "better", "changed"]
-_NUMBER = re.compile(r"0x[0-9a-f]+|\d[\d,.]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ def _kind(before: Drill, after: Drill) -> Kind | None:
     if old is None or new is None:
         return None if old is new else "changed"
     if old.verdict == new.verdict:
-        alike = old.stage == new.stage and _NUMBER.sub("#", old.reason) == _NUMBER.sub("#", new.reason)
+        alike = old.stage == new.stage and numberless(old.reason) == numberless(new.reason)
         return None if alike else "changed"
     return "worse" if old.verdict == "PASS" else "better" if new.verdict == "PASS" else "changed"
 

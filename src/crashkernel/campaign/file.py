@@ -41,6 +41,11 @@ class PlannedDrill:
     known: str = ""  # why it is known to fail; "": it is to pass
 
     @property
+    def title(self) -> str:
+        """One line for people."""
+        return self.request.title + (f", repeat {self.repeat}" if self.repeat > 1 else "")
+
+    @property
     def key(self) -> str:
         """A digest of what is drilled, and which time."""
         return _digest(self.request.options(), self.repeat)[:16]

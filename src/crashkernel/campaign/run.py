@@ -26,14 +26,11 @@ from crashkernel.campaign.store import Result, Store, StoredDrill, utc_now
 from crashkernel.drill.budget import (
     CPUS_VARIABLE,
     MEMORY_VARIABLE,
-    Share,
-    drill_share,
     limit,
     remove_leftovers,
 )
 from crashkernel.drill.request import fetch
 from crashkernel.errors import CrashkernelError, EnvironmentFault
-from crashkernel.memory import parse_size
 from crashkernel.report.terminal import visible
 
 if TYPE_CHECKING:
@@ -165,7 +162,7 @@ class _Driver:
             run=self._run,
             drill=drill.number,
             command=tuple(request.command()),
-            share=request_share(request),
+            share=request.share,
             deadline=self._campaign.deadline,
             limits=self._settings.limits,
             program=self._settings.program,
@@ -230,11 +227,6 @@ def _fetch_packages(requests: Iterable[DrillRequest], observer: Observer) -> Non
             fetch(request, lambda text: observer.note(f"packages: {text}"))
         except CrashkernelError as error:
             observer.note(f"packages: {error}")
-
-
-def request_share(request: DrillRequest) -> Share:
-    """What the ledger will be asked for by this drill."""
-    return drill_share(parse_size(request.memory), request.smp, saved=request.capture is not None)
 
 
 def describe_host() -> dict[str, Any]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import shlex
 import sqlite3
 import tempfile
@@ -22,10 +21,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from crashkernel.campaign.file import DEFAULT_DEADLINE
 from crashkernel.campaign.store import connect, utc_now
 from crashkernel.campaign.worker import Task, run_task
-from crashkernel.drill.budget import drill_share
 from crashkernel.drill.guest import build_capture_image
+from crashkernel.drill.images import whole_initrd
+from crashkernel.drill.stages import BOOT_K2, CAPTURE, LOAD, MEMORY_SHORT, VERIFY, k2_said
 from crashkernel.errors import EnvironmentFault, StageFailed, UsageError, VerificationError
 from crashkernel.memory import Range, RangeSet, align_up, format_size
 from crashkernel.placement import LINEAR_MAP_BLOCK
@@ -64,8 +65,6 @@ _STEP: dict[Mmu, int] = {"radix": 4 * _MIB, "hash": LINEAR_MAP_BLOCK["hash"]}
 
 _ROUND = 16 * _MIB
 """What is recommended is a multiple of this many bytes, as people write it."""
-
-_DEADLINE = 1200.0  # seconds for one drill
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,17 +211,9 @@ class _Searcher:
 
 # --------------------------------------------------------------------------------------------------------- drills as probes
 
-_OF_MEMORY = re.compile(
-    r"[Oo]ut of memory|deadlocked on memory|[Ff]ailed to allocate|[Cc]annot allocate memory|page allocation failure"
-    r"|oom-kill|MemoryError|Initramfs unpacking failed: write error|No space left on device|not enough memory"
-)
-"""What kernels and programs say when memory is short: mm/oom_kill.c, mm/page_alloc.c, mm/memblock.c and its callers,
-init/initramfs.c, strerror(3), Python."""
-
 _SILENT = "K2 printed nothing"  # what a drill says of a K2 that died before its console worked
 _NO_ROOM = "K2 does not fit"  # what a plan is refused with
-_K2S_STAGES = ("K2 boot", "capture")
-_KERNEL_STARTS = "] Linux version"
+_K2S_STAGES = (BOOT_K2.name, CAPTURE.name)
 
 
 def classify(result: Result) -> tuple[Finding, str]:
@@ -236,23 +227,18 @@ def classify(result: Result) -> tuple[Finding, str]:
     if result.verdict == "ERROR":
         raise EnvironmentFault(f"a drill could not be run: {result.stage}: {result.reason}")
     reason = f"{result.stage}: {result.reason}"
-    if result.stage == "load" and _NO_ROOM in result.reason:
+    if result.stage == LOAD.name and _NO_ROOM in result.reason:
         return "too small", reason
     if result.stage in _K2S_STAGES:
-        said = _OF_MEMORY.search(result.reason) or _OF_MEMORY.search(_k2_said(result.console))
+        said = MEMORY_SHORT.search(result.reason) or MEMORY_SHORT.search(k2_said(result.console))
         if said or _SILENT in result.reason:
             return "too small", reason if not said or said[0] in reason else f"{reason} ({said[0]})"
         return "unclear", reason
-    if result.stage == "verify":
+    if result.stage == VERIFY.name:
         raise VerificationError(
             f"the dump is wrong, which is no matter of memory: {result.reason}", hint="run the drill with --keep, and look"
         )
     raise StageFailed(result.stage, f"{result.reason}: that is no matter of K2's memory")
-
-
-def _k2_said(console: str) -> str:
-    """What K2 printed, "" if it did not."""
-    return console.rpartition(_KERNEL_STARTS)[2] if console.count(_KERNEL_STARTS) > 1 else ""
 
 
 class Listener(Protocol):
@@ -278,8 +264,7 @@ class DrillProbe:
         """One drill; see `Probe`."""
         self.drills += 1
         request = at_size(self.request, size)
-        share = drill_share(request.twin.memory, request.twin.smp, saved=request.saving is not None)
-        task = Task("size", self.run, self.drills, tuple(request.command()), share, _DEADLINE)
+        task = Task("size", self.run, self.drills, tuple(request.command()), request.share, DEFAULT_DEADLINE)
         result = run_task(task, lambda stage, text: self.listener.stage(size, f"{stage}{', ' * bool(text)}{text}"))
         finding, reason = classify(result)
         accounting = (result.record or {}).get("accounting")
@@ -340,10 +325,7 @@ def expect(request: DrillRequest, supplies: Supplies) -> Expectation:
         image = build_capture_image(
             supplies.k2, supplies.userland, Path(scratch) / "capture.cpio", capture_args=arguments, token=token
         )
-        data = image.read_bytes()
-    if request.initrd:
-        users = Path(request.initrd).read_bytes()
-        data = users + bytes(-len(users) % 4) + data
+        data = whole_initrd(request, image.read_bytes())
     span = KernelImage.from_bytes(supplies.k2.vmlinux.read_bytes(), str(supplies.k2.vmlinux)).span
     return Expectation(request, span, measure_initrd(data, request.initrd or "K2's initramfs"))
 

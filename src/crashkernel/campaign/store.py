@@ -23,13 +23,13 @@ from crashkernel.campaign.file import PlannedDrill
 from crashkernel.drill.request import DrillRequest
 from crashkernel.errors import EnvironmentFault, FormatError, UsageError
 from crashkernel.memory import parse_size
+from crashkernel.report.results import VERSION as SCHEMA_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from crashkernel.campaign.file import Campaign
 
-SCHEMA_VERSION = 1
 Verdict = Literal["PASS", "FAIL", "ERROR"]
 
 _SCHEMA = """
@@ -307,11 +307,10 @@ def _add_drills(connection: sqlite3.Connection, drills: Sequence[PlannedDrill]) 
     for drill in drills:
         request = drill.request
         kernel, capture_kernel = request.kernels
-        repeat = f", repeat {drill.repeat}" if drill.repeat > 1 else ""
         columns: dict[str, Any] = {
             "key": drill.key,
             "repeat": drill.repeat,
-            "title": request.title + repeat,
+            "title": drill.title,
             "command": shlex.join(request.command()),
             "request": json.dumps(request.options(), sort_keys=True),
             "kernel": kernel,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 from crashkernel.errors import UsageError
 from crashkernel.memory import format_size
 from crashkernel.placement.plan import PLACEMENTS
-from crashkernel.report.campaign import STANDINGS, worst
+from crashkernel.report.campaign import STANDINGS, Cell
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -110,10 +110,11 @@ def _other(drill: Drill, memory: int | None, region: str | None) -> str:
 def _cell(drills: Sequence[Drill], notes: dict[str, int]) -> str:
     if not drills:
         return ""
-    standing = worst(drills)
+    cell = Cell(tuple(drills))
+    standing = cell.standing
     word = {"passed": "PASS", "known": "FAIL", "failed": "FAIL", "surprise": "PASS"}.get(standing, STANDINGS[standing][0])
     if len(drills) > 1:
-        word += f" {sum(1 for drill in drills if drill.result and drill.result.verdict == 'PASS')}/{len(drills)}"
+        word += f" {cell.passed}/{len(drills)}"
     if standing in {"passed", "missing"}:
         return word
     numbers = []

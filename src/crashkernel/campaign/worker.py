@@ -23,6 +23,7 @@ from crashkernel import __version__
 from crashkernel.campaign.store import Result, Verdict, utc_now
 from crashkernel.drill.budget import STAGES_VARIABLE, Share, ledger, place_with_room, private_directory
 from crashkernel.drill.qemu import QEMU
+from crashkernel.drill.stages import BOOT_K1, BOOT_K2, VERIFY, WAIT
 from crashkernel.errors import CrashkernelError
 from crashkernel.report.terminal import visible
 
@@ -38,8 +39,7 @@ _POLL = 0.1  # seconds
 _GRACE = 20.0  # seconds that a drill has to end QEMU and to remove its files
 _CONSOLE_LIMIT = 4 << 20  # bytes: a kernel that repeats itself for ever fills no database
 _BEFORE = "packages"  # what a drill does before its first stage
-_WAIT = "wait"  # the stage in which it waits for its turn
-_BOOTS = ("K1 boot", "K2 boot")
+_BOOTS = (BOOT_K1.name, BOOT_K2.name)
 
 _stopped: set[str] = set()  # runs that were given up
 
@@ -191,7 +191,7 @@ class _Run:
 
     def _look(self, lines: list[str]) -> None:
         now = time.monotonic()
-        if self._stage == _WAIT:
+        if self._stage == WAIT.name:
             self._waited += now - self._looked
         self._looked = now
         for line in lines:
@@ -243,7 +243,7 @@ def _failure(record: Mapping[str, Any]) -> tuple[str, str]:
     wrong = [f"{record[name]:,} bytes {what}" for name, what in _WRONG.items() if record[name]]
     marks = [f"{what} not as in K1" for name, what in _MARKS.items() if not record[name]]
     told = [str(fault["told"]) for fault in record.get("faults", ()) if fault["told"]]
-    return "verify", _line([*map(str, record["problems"]), *wrong, *told, *marks, "it does not say why"][0])
+    return VERIFY.name, _line([*map(str, record["problems"]), *wrong, *told, *marks, "it does not say why"][0])
 
 
 def _line(text: str) -> str:

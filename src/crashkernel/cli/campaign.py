@@ -6,7 +6,7 @@ import argparse
 import json
 import shlex
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from crashkernel.cli.command import add_command, write
 from crashkernel.cli.display import require_extra, require_writable, terminable
 from crashkernel.drill.budget import Share, limit
 from crashkernel.drill.request import DrillRequest
+from crashkernel.drill.stages import WAIT
 from crashkernel.errors import UsageError
 from crashkernel.memory import parse_size
 from crashkernel.report.campaign import EXPECTED, duration
@@ -172,7 +173,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _list(campaign: Campaign, db: Path, settings: Settings) -> int:
     """What would be run."""
-    from crashkernel.campaign.run import Estimate, request_share  # noqa: PLC0415
+    from crashkernel.campaign.run import Estimate  # noqa: PLC0415
 
     estimate, done = Estimate(), {}
     if db.exists():
@@ -184,11 +185,10 @@ def _list(campaign: Campaign, db: Path, settings: Settings) -> int:
     pending = [drill for drill in campaign.drills if drill.key not in done]
     for number, planned in enumerate(campaign.drills, 1):
         request = planned.request
-        share, seconds = request_share(request), estimate.seconds(request)
-        repeat = f", repeat {planned.repeat}" if planned.repeat > 1 else ""
+        share, seconds = request.share, estimate.seconds(request)
         known = f"  (known to fail: {planned.known})" if planned.known else ""
         told = done.get(planned.key) or f"{seconds:3.0f} s"
-        print(visible(f"{number:>4}  {told:<6} {share!s:<20} {request.title}{repeat}{known}"))
+        print(visible(f"{number:>4}  {told:<6} {share!s:<20} {planned.title}{known}"))
     bound = limit()
     cpus = settings.cpus or bound.cpus
     memory = bound.memory if settings.memory is None else settings.memory
@@ -215,9 +215,13 @@ def _show(arguments: argparse.Namespace) -> int:
     for fact in results.facts:
         console.print(f"  {fact}")
     for drill in results.drills:
-        if not arguments.failed or drill.standing not in (*EXPECTED, "missing"):
+        if not arguments.failed or _went_wrong(drill):
             _show_line(console, drill)
     return results.exit_status
+
+
+def _went_wrong(drill: Drill) -> bool:
+    return drill.standing not in (*EXPECTED, "missing")
 
 
 def _show_line(console: Console, drill: Drill) -> None:
@@ -226,15 +230,14 @@ def _show_line(console: Console, drill: Drill) -> None:
     console.print(f"{drill.number:>5}  ", end="")
     console.print(f"{word:<5}", style=_COLOURS.get(word, "dim"), end="")
     seconds = f"{result.seconds:6.1f} s" if result else " " * 8
-    repeat = f", repeat {drill.repeat}" if drill.repeat > 1 and "repeat" not in drill.title else ""
-    console.print(f"{seconds}  {visible(drill.title)}{repeat}")
+    console.print(f"{seconds}  {visible(drill.title)}")
     margin = " " * 12
     if drill.known:
         passed = "passed, though known to fail" if word == "PASS" else "known to fail"
         console.print(f"{margin}{passed}: {visible(drill.known)}")
     if result and result.reason:
         console.print(f"{margin}{visible(f'{result.stage}: {result.reason}')}")
-    if drill.standing not in (*EXPECTED, "missing"):
+    if _went_wrong(drill):
         console.print(f"{margin}{visible(drill.command)}", style="dim")
 
 
@@ -253,7 +256,7 @@ def _show_drill(results: Results, arguments: argparse.Namespace) -> int:
     else:
         console = _console()
         _show_line(console, drill)
-        lines = [drill.command] if drill.standing in (*EXPECTED, "missing") else []
+        lines = [] if _went_wrong(drill) else [drill.command]  # else it is said already
         if result:
             kernels = " and ".join(dict.fromkeys(filter(None, (result.release, result.capture_release))))
             lines.append(f"{kernels or 'no kernel booted'}; {result.started} to {result.ended}")
@@ -267,7 +270,7 @@ def _show_drill(results: Results, arguments: argparse.Namespace) -> int:
             console.print(f"{'':12}{visible(line)}")
         for line in console_text.splitlines()[-_CONSOLE_LINES:]:
             console.print(f"{'':12}| {visible(line)}", style="dim")
-    return 0 if drill.standing in EXPECTED else 3 if drill.standing in ("error", "missing") else 1
+    return replace(results, drills=(drill,)).exit_status
 
 
 def _diff(arguments: argparse.Namespace) -> int:
@@ -389,7 +392,7 @@ class Progress:
         if not name or drill.number not in self._running:  # a drill may begin anew, when its worker died
             self._running[drill.number] = _Running(drill, now)
         running = self._running[drill.number]
-        if name == "wait":
+        if name == WAIT.name:
             running.begun = now
         running.doing = f"{name}{', ' if text else ''}{text}" if name else "begins"
 

@@ -11,7 +11,7 @@ from crashkernel.cli.command import read
 from crashkernel.errors import UsageError
 from crashkernel.loader import Request
 from crashkernel.machine.kernelfile import kernel_files
-from crashkernel.placement import plan_load
+from crashkernel.placement import ONE_CPU, plan_load
 from crashkernel.placement.plan import DAMAGE_POLICIES, PLACEMENTS, DamagePolicy, LoadPlan, PlacementName
 from crashkernel.placement.sizing import Initrd, measure_initrd
 
@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     from crashkernel.machine import Machine
     from crashkernel.placement.image import KernelImage
 
-DEFAULT_OPTIONS = "maxcpus=1 numa=off irqpoll reset_devices"
-"""What every capture kernel wants: one CPU, which no driver's probe is to look for elsewhere (docs/architecture.md, findings);
-interrupts that nobody asked for any more; devices in an unknown state."""
+DEFAULT_OPTIONS = f"{ONE_CPU} irqpoll reset_devices"
+"""What every capture kernel wants: one CPU; interrupts that nobody asked for any more; devices in an unknown state."""
 
 _NOT_FOR_K2 = ("crashkernel=", "elfcorehdr=", "fadump=", "BOOT_IMAGE=")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import threading
 import uuid
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crashkernel.cli.command import add_command, write
-from crashkernel.cli.display import require_extra, require_writable, terminable
+from crashkernel.cli.display import Display, require_extra, require_writable, terminable
 from crashkernel.cli.twin import add_machine
 from crashkernel.drill.accounting import FREE, PEAKS
 from crashkernel.drill.request import DEFAULT_KERNEL, DrillRequest, fetch
@@ -24,9 +23,8 @@ from crashkernel.placement.plan import PLACEMENTS
 from crashkernel.report.terminal import visible
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
-    from rich.console import Console
     from rich.status import Status
 
     from crashkernel.campaign.sizing import Sized, Trial
@@ -137,11 +135,8 @@ def _search(requests: Sequence[DrillRequest], arguments: argparse.Namespace, pro
     with progress.busy("packages") as tell:
         supplies = fetch(requests[0], tell)
     run = uuid.uuid4().hex
-    other = f", K2 {supplies.k2.name}" if supplies.k2 != supplies.k1 else ""
     twin = requests[0].twin.title.rpartition(", ")[0]
-    progress.line(
-        f"{supplies.k1.name}{other} on {twin}, {requests[0].saving.title if requests[0].saving else 'a raw copy'}", "bold"
-    )
+    progress.line(f"{supplies.title} on {twin}, {requests[0].saving.title if requests[0].saving else 'a raw copy'}", "bold")
     with progress, ThreadPoolExecutor(len(requests)) as pool:
         futures = [
             pool.submit(
@@ -163,13 +158,11 @@ def _search(requests: Sequence[DrillRequest], arguments: argparse.Namespace, pro
             raise
 
 
-class _Progress:
+class _Progress(Display):
     """A line for each trial; on a terminal also what runs now, and about how many drills are still to come."""
 
     def __init__(self, *, to_stderr: bool) -> None:
-        from rich.console import Console  # noqa: PLC0415
-
-        self._console: Console = Console(stderr=to_stderr, highlight=False, soft_wrap=True)
+        super().__init__(to_stderr=to_stderr)
         self._status: Status | None = None
         self._lock = threading.Lock()
         self._doing: dict[str, str] = {}
@@ -186,17 +179,8 @@ class _Progress:
             self._status = None
 
     def line(self, text: str, style: str = "") -> None:
-        """A line that stays."""
-        self._console.print(visible(text), style=style, markup=False)
-
-    @contextlib.contextmanager
-    def busy(self, what: str) -> Iterator[Callable[[str], None]]:
-        """A spinner with the last message; elsewhere each message is a line."""
-        if self._console.is_terminal:
-            with self._console.status(what) as status:
-                yield lambda text: status.update(f"{what}: {text}")
-        else:
-            yield lambda text: self.line(f"{what}: {text}")
+        """A line that stays, whatever a twin said in it."""
+        super().line(visible(text), style)
 
     def listener(self, placement: str) -> _Listener:
         """Who listens to one search."""

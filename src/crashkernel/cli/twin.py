@@ -175,15 +175,10 @@ def _drill(arguments: argparse.Namespace) -> int:
                     require_keepable(keep)
                 scenario = Scenario(request, supplies, keep)
                 if not number:
-                    display.title(_title(scenario))
+                    display.title(f"{supplies.title} on {scenario.twin.title}")
                 outcomes.append(_run(scenario, display))
     _write_json(arguments.json, outcomes)
     return 0 if all(outcome.passed for outcome in outcomes) else 1
-
-
-def _title(scenario: Scenario) -> str:
-    other = f", K2 {scenario.k2.name}" if scenario.k2 != scenario.k1 else ""
-    return f"{scenario.k1.name}{other} on {scenario.twin.title}"
 
 
 def _drill_request(arguments: argparse.Namespace, kernel: str, placement: PlacementName) -> DrillRequest:
@@ -311,9 +306,4 @@ def _write_json(path: Path | None, outcomes: list[Outcome]) -> None:
     if str(path) == "-":
         print(text)
         return
-    try:
-        temporary = path.with_name(path.name + ".new")
-        temporary.write_text(text + "\n")
-        temporary.replace(path)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}") from error
+    write(path, text + "\n", "--json")

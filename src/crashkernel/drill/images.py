@@ -6,18 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crashkernel.drill.guest import Driver, Loader, build_capture_image, build_crash_image
+from crashkernel.placement import ONE_CPU
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from crashkernel.drill.arrival import Arrival
     from crashkernel.drill.faults import Fault
+    from crashkernel.drill.request import DrillRequest
     from crashkernel.drill.scenario import Scenario
 
 CAPTURE_CMDLINE = "console=hvc0 irqpoll reset_devices rdinit=/init"
-# A driver's probe is sent to the first CPU of the device's node (pci_call_probe, drivers/pci/pci-driver.c), and waits for ever
-# where that is not the one CPU that runs: seen on powernv9, when K1 crashed on its second. Without nodes it is sent nowhere.
-_ONE_CPU = " maxcpus=1 numa=off"
 # As tmpfs the root may take half of the memory that is free while its archive is still there (init_rootfs, init/do_mounts.c),
 # and what goes beyond is silently left out.
 _WHOLE_ROOT = " rootfstype=ramfs"
@@ -43,8 +42,12 @@ def build_images(
         fault="".join(fault.k2_script for fault in faults),
     )
     if request.initrd:
-        capture = _behind(Path(request.initrd), capture, directory / "capture-whole.cpio")
-    cmdline = CAPTURE_CMDLINE + ("" if request.all_cpus else _ONE_CPU) + (_WHOLE_ROOT if arriving or request.initrd else "")
+        whole = directory / "capture-whole.cpio"
+        whole.write_bytes(whole_initrd(request, capture.read_bytes()))
+        capture = whole
+    cmdline = (
+        CAPTURE_CMDLINE + ("" if request.all_cpus else f" {ONE_CPU}") + (_WHOLE_ROOT if arriving or request.initrd else "")
+    )
     drivers: list[Driver] = [fault.driver for fault in faults if fault.driver != "none"]
     return build_crash_image(
         scenario.k1,
@@ -67,9 +70,8 @@ def build_images(
     )
 
 
-def _behind(users: Path, ours: Path, output: Path) -> Path:
-    """The user's initrd with ours behind it: K2 unpacks both, and where they have a file of one name, the last is it."""
-    data = users.read_bytes()
+def whole_initrd(request: DrillRequest, ours: bytes) -> bytes:
+    """The user's initrd, if there is one, with ours behind it: K2 unpacks both, and of two files of one name the last is it."""
+    users = Path(request.initrd).read_bytes() if request.initrd else b""
     # an archive begins at a multiple of four bytes (write_buffer, init/initramfs.c)
-    output.write_bytes(data + bytes(-len(data) % 4) + ours.read_bytes())
-    return output
+    return users + bytes(-len(users) % 4) + ours

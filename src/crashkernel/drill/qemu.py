@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 from qemu.qmp import QMPClient, QMPError
 
 from crashkernel.drill.guest import PORT_NAME
+from crashkernel.drill.stages import KERNEL_STARTS
 from crashkernel.drill.twin import Twin
 from crashkernel.errors import CrashkernelError, EnvironmentFault
 from crashkernel.memory import Range, align_up
@@ -33,7 +34,6 @@ CONSOLE_TAIL = 40
 
 _MSR_IR, _MSR_LE = 0x20, 0x1  # instruction relocation, little-endian (Power ISA Book III 4.2.1)
 _GENERAL = 32  # general registers
-_KERNEL_STARTS = "] Linux version"
 
 
 @dataclass(frozen=True, slots=True)
@@ -447,7 +447,7 @@ class RunningTwin:
                     self._panics.append(line)
                     if not self._dying:
                         self._panicked.set()
-                if _KERNEL_STARTS in line:
+                if KERNEL_STARTS in line:
                     self._dying = False
 
 

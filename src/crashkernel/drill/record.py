@@ -17,8 +17,9 @@ from crashkernel.drill.saving import Saving
 from crashkernel.drill.sparse import copy_sparse
 from crashkernel.drill.verdict import Truth, Verdict, judge
 from crashkernel.errors import FormatError, UsageError
+from crashkernel.formats import fields
 from crashkernel.machine import Region
-from crashkernel.memory import Range, RangeSet
+from crashkernel.memory import RangeSet
 from crashkernel.placement.plan import LoadPlan
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from crashkernel.drill.dma import DmaReport
     from crashkernel.drill.scenario import Outcome
+    from crashkernel.memory import Range
 
 DUMP, TRUTH, PLAN, CONSOLE, EVIDENCE = "vmcore", "truth", "plan.json", "console.log", "evidence.json"
 """Names of the files of a kept drill."""
@@ -207,14 +209,14 @@ def judge_kept(directory: Path) -> Verdict:
             memory=directory / TRUTH,
             head=bytes.fromhex(raw["head"]),
             memory_size=int(raw["memory_size"]),
-            reserved=_range(raw["reserved"]),
+            reserved=fields.one_range(raw["reserved"]),
             nonce=bytes.fromhex(raw["nonce"]),
             panic=str(raw["panic"]),
             release=str(raw["release"]),
             crashed_pid=None if raw["crashed_pid"] is None else int(raw["crashed_pid"]),
             cpus=int(raw["cpus"]),
-            firmware=tuple(Region(str(r["name"]), _range(r["range"])) for r in raw["firmware"]),
-            device_buffers=RangeSet(_range(each) for each in raw["device_buffers"]),
+            firmware=tuple(Region(str(r["name"]), fields.one_range(r["range"])) for r in raw["firmware"]),
+            device_buffers=RangeSet(fields.one_range(each) for each in raw["device_buffers"]),
             device_problem=str(raw["device_problem"]),
             says_why=bool(raw["says_why"]),
             crashed_cpu=None if raw["crashed_cpu"] is None else int(raw["crashed_cpu"]),
@@ -231,8 +233,3 @@ def judge_kept(directory: Path) -> Verdict:
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FormatError(f"not the evidence of a drill: {error!r}", source=str(directory / EVIDENCE)) from error
-
-
-def _range(text: str) -> Range:
-    start, _, end = text.partition("-")
-    return Range(int(start, 16), int(end, 16))

@@ -11,6 +11,7 @@ import shutil
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, cast
 
+from crashkernel.drill.budget import Share, drill_share
 from crashkernel.drill.faults import parse_faults
 from crashkernel.drill.saving import CODECS, DESTINATIONS, Saving
 from crashkernel.drill.twin import CPUS, MACHINES, MMUS, Twin
@@ -117,6 +118,11 @@ class DrillRequest:
         return None if self.capture is None else Saving(self.capture, self.capture_codec, cast("Any", self.capture_to))
 
     @property
+    def share(self) -> Share:
+        """What the host's ledger is asked for by this drill."""
+        return drill_share(parse_size(self.memory), self.smp, saved=self.capture is not None)
+
+    @property
     def kernels(self) -> tuple[str, str]:
         """The specs of K1 and K2."""
         return self.kernel, self.capture_kernel or self.kernel
@@ -186,6 +192,11 @@ class Supplies:
     k1: Kernel
     k2: Kernel
     userland: Userland
+
+    @property
+    def title(self) -> str:
+        """The kernels, for people."""
+        return self.k1.name + (f", K2 {self.k2.name}" if self.k2 != self.k1 else "")
 
 
 def fetch(request: DrillRequest, progress: Callable[[str], None], *, kexec_tools: bool = False) -> Supplies:

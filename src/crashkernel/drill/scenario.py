@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from crashkernel.drill.arrival import BLANK, Arrival, arrival, whole_dumps
-from crashkernel.drill.budget import drill_share, working_directory
+from crashkernel.drill.budget import working_directory
 from crashkernel.drill.conversation import (
     expect,
     first_words,
@@ -163,7 +163,7 @@ def _room(scenario: Scenario, tell: Listener) -> contextlib.AbstractContextManag
             begun = True
         tell(WAIT, f"for {reason}")
 
-    return working_directory(drill_share(scenario.twin.memory, scenario.twin.smp, saved=scenario.saving is not None), waiting)
+    return working_directory(scenario.request.share, waiting)
 
 
 def _conclude(outcome: Outcome, wiring: Wiring) -> None:

@@ -127,13 +127,24 @@ def _likely(stage: Stage, console: Iterable[str]) -> str:
     return next((cause for sign, cause in _CAUSES if sign in text), stage.likely)
 
 
+KERNEL_STARTS = "] Linux version"
+"""In a kernel's first line on the console."""
+
+MEMORY_SHORT = re.compile(
+    r"[Oo]ut of memory|deadlocked on memory|[Ff]ailed to allocate|[Cc]annot allocate memory|page allocation failure"
+    r"|oom-kill|MemoryError|Initramfs unpacking failed: write error|No space left on device|not enough memory"
+)
+"""What kernels and programs say when memory is short: mm/oom_kill.c, mm/page_alloc.c, mm/memblock.c and its callers,
+init/initramfs.c, strerror(3), Python."""
+
 _TROUBLE = re.compile(r"Oops|BUG:|kernel BUG|Kernel panic|Unable to handle|Bad page|Machine check|stuck for|general protection")
-_KERNEL_STARTS = "] Linux version"
+
+
+def k2_said(console: str) -> str:
+    """K2's part of all that the console said, "" if it never ran."""
+    return console.rpartition(KERNEL_STARTS)[2] if console.count(KERNEL_STARTS) > 1 else ""
 
 
 def k2_trouble(console: str) -> str:
     """K2's first complaint in all that the console said, "" if it made none or never ran."""
-    if console.count(_KERNEL_STARTS) < 2:
-        return ""
-    k2_said = console.rpartition(_KERNEL_STARTS)[2]
-    return next((line for line in k2_said.splitlines() if _TROUBLE.search(line)), "")
+    return next((line for line in k2_said(console).splitlines() if _TROUBLE.search(line)), "")

@@ -62,6 +62,13 @@ So K2's memory is cut to whole blocks on hash, and not on radix: there a K2 whos
 came up and then stood still before its init, every time, while with the ragged head it ran. The cause is not known.
 """
 
+ONE_CPU = "maxcpus=1 numa=off"
+"""What a K2 is told that is to run on one CPU.
+
+A driver's probe is sent to the first CPU of the device's node (pci_call_probe, drivers/pci/pci-driver.c), and waits for ever
+where that is not the one that runs: seen on powernv9, when K1 crashed on its second. Without nodes it is sent nowhere.
+"""
+
 
 def plan_load(
     machine: Machine,

@@ -389,7 +389,7 @@ class Campaign:
         for drill in self.drills:
             if drill.result is not None and drill.standing != "passed":
                 result = drill.result
-                groups[drill.standing, drill.known, result.stage, _NUMBER.sub("#", result.reason)].append(drill)
+                groups[drill.standing, drill.known, result.stage, numberless(result.reason)].append(drill)
         order = list(STANDINGS)
         found = []
         for (standing, known, stage, _), drills in groups.items():
@@ -442,6 +442,11 @@ def worst(drills: Iterable[Drill]) -> Standing:
     """The worst standing of any of these, of which there is one at least."""
     standings = {drill.standing for drill in drills}
     return next(standing for standing in STANDINGS if standing in standings)
+
+
+def numberless(reason: str) -> str:
+    """A reason, its numbers apart: what is the same of two drills that failed alike."""
+    return _NUMBER.sub("#", reason)
 
 
 def duration(seconds: float) -> str:

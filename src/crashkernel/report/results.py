@@ -17,14 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crashkernel.errors import EnvironmentFault, FormatError, UsageError
-from crashkernel.memory import Range
+from crashkernel.formats import fields
 from crashkernel.report.campaign import Campaign, Drill, Evidence, Result, Run, Size, moment
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from crashkernel.memory import Range
+
 VERSION = 1
-"""The `PRAGMA user_version` that is read."""
+"""The `PRAGMA user_version` of the schema that campaigns are written in, and that is read."""
 
 _COLUMNS = {
     "campaign": "name file path created version host state",
@@ -294,8 +296,7 @@ def _count(value: Any) -> int | None:
 def _wrong(ranges: Any) -> Iterator[tuple[Range, str]]:
     for each in _objects(ranges):
         with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
-            start, _, end = each["range"].partition("-")
-            yield Range(int(start, 16), int(end, 16)), str(each.get("what") or "")
+            yield fields.one_range(each["range"]), str(each.get("what") or "")
 
 
 def _until_last(started: str, following: str | None, results: Sequence[Result]) -> float | None:

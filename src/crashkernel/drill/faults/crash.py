@@ -160,7 +160,7 @@ class InNotifier(_AtFunction):
 
     def conclude(self, ending: Ending) -> bool:
         """It must have panicked once more."""
-        panics = re.findall(r"Kernel panic - not syncing: [^\n]*", ending.console)
+        panics = _panics(ending.console)
         self.told = f"K1 panicked {len(panics)} times, the last as {panics[-1]!r}" if len(panics) > 1 else ""
         return False
 
@@ -184,7 +184,7 @@ class DoubleCrash(_AtFunction):
 
     def conclude(self, ending: Ending) -> bool:
         """K1 must have said both, and the purgatory nothing."""
-        panics = re.findall(r"Kernel panic - not syncing: [^\n]*", ending.console)
+        panics = _panics(ending.console)
         if ending.failure is None or ending.failure.stage != CRASH.name or self._registers is None or len(panics) < 2:
             return False
         if "Unable to handle kernel" not in ending.console or purgatory_lines(ending.console.splitlines()):
@@ -295,6 +295,11 @@ class MemoryPressure(Fault):
         """What K1 said before it died."""
         self.told = self._seen
         return False
+
+
+def _panics(console: str) -> list[str]:
+    """Every panic's line, without its time."""
+    return re.findall(r"Kernel panic - not syncing: [^\n]*", console)
 
 
 def _function_name(text: str, word: str) -> str:

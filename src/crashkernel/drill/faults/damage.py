@@ -22,6 +22,7 @@ from crashkernel.drill.stages import (
     purgatory_lines,
 )
 from crashkernel.errors import StageFailed, UsageError
+from crashkernel.formats import fields
 from crashkernel.memory import Range, RangeSet
 from crashkernel.placement.plan import SegmentContent
 from crashkernel.purgatory import PARAMETERS_OFFSET, STATE_OFFSET
@@ -206,8 +207,7 @@ async def _take_buffers(machine: RunningTwin, report: DmaReport, plan: LoadPlan)
             return
         if kind == "buffer":
             name, _, text = rest.partition(" ")
-            start, _, end = text.partition("-")
-            report.given.setdefault(name, []).append(Range(int(start, 16), int(end, 16)))
+            report.given.setdefault(name, []).append(fields.one_range(text))
 
 
 def _effect(report: DmaReport, ending: Ending) -> str:

@@ -30,7 +30,13 @@ class _TargetLost(Fault):
 
     def __init__(self, argument: str = "", seed: int = 0) -> None:
         super().__init__(argument, seed)
-        self._alone = argument.startswith("alone")
+        self._alone = self._read(argument)
+
+    def _read(self, argument: str) -> bool:
+        """Whether this is the only target: all that the argument says, unless a fault takes more."""
+        if argument not in ("", "alone"):
+            raise UsageError(f"fault {self.word}: it is the only target or not", hint=f"{self.name} or {self.name}:alone")
+        return argument == "alone"
 
     @property
     def fallback(self) -> bool:
@@ -73,11 +79,6 @@ class DiskGone(_TargetLost):
     target = "disk"
     _signs = ("/dev/vda",)
 
-    def __init__(self, argument: str = "", seed: int = 0) -> None:
-        super().__init__(argument, seed)
-        if argument not in ("", "alone"):
-            raise UsageError(f"fault {self.word}: it is the only target or not", hint=f"{self.name} or {self.name}:alone")
-
     def hardware(self, hardware: Hardware) -> Hardware:
         """K1 never uses it, so it may as well never be there."""
         return replace(hardware, disk=False)
@@ -91,11 +92,6 @@ class NetworkGone(_TargetLost):
     summary = "the network's cable is pulled before K2 runs; K2 is given the disk as a second target, but for `:alone`"
     target = "network"
     _signs = ("10.0.2.2",)
-
-    def __init__(self, argument: str = "", seed: int = 0) -> None:
-        super().__init__(argument, seed)
-        if argument not in ("", "alone"):
-            raise UsageError(f"fault {self.word}: it is the only target or not", hint=f"{self.name} or {self.name}:alone")
 
     async def k2_enters(self, drill: Running) -> None:
         """Pull it."""
@@ -111,15 +107,14 @@ class DiskFailing(_TargetLost):
     target = "disk"
     _signs = ("dd: exit", "/dev/vda", "Input/output error")
 
-    def __init__(self, argument: str = "", seed: int = 0) -> None:
-        super().__init__(argument, seed)
+    def _read(self, argument: str) -> bool:
         offset, _, alone = argument.partition(",")
         if offset == "alone" and not alone:
             offset, alone = "", "alone"
         if alone not in ("", "alone"):
             raise UsageError(f"fault {self.word} is not understood", hint="as disk-failing:16M,alone")
-        self._alone = alone == "alone"
         self._offset = parse_size(offset or "16M")
+        return alone == "alone"
 
     @property
     def title(self) -> str:
