@@ -1,5 +1,6 @@
 """The drill's faults: their words, what goes together, what each needs of the twin, and that none passes on too little."""
 
+import asyncio
 import contextlib
 import re
 from dataclasses import replace
@@ -11,12 +12,12 @@ from hypothesis import strategies as st
 
 from crashkernel.cli import main
 from crashkernel.drill.debian import Kernel
-from crashkernel.drill.faults import FAULTS, KINDS, Ending, fault_lines, parse_fault, parse_faults
+from crashkernel.drill.faults import FAULTS, KINDS, Ending, Running, fault_lines, parse_fault, parse_faults
 from crashkernel.drill.qemu import Hardware
 from crashkernel.drill.record import outcome_record
 from crashkernel.drill.request import DrillRequest, Supplies
 from crashkernel.drill.scenario import Outcome, Scenario
-from crashkernel.drill.verdict import PageCount, Verdict
+from crashkernel.drill.verdict import Verdict
 from crashkernel.errors import StageFailed, UsageError
 from crashkernel.memory import Range
 from crashkernel.purgatory import PARAMETERS_OFFSET, STATE_OFFSET
@@ -37,7 +38,7 @@ WORDS = {
     "dma": ("dma:init", "dma:init+data,rate=5", "dma:image,when=k2,rate=7"),
     "disk-gone": ("disk-gone", "disk-gone:alone"),
     "disk-failing": ("disk-failing", "disk-failing:8M", "disk-failing:8M,alone", "disk-failing:alone"),
-    "disk-slow": ("disk-slow", "disk-slow:2M"),
+    "disk-slow": ("disk-slow", "disk-slow:8M"),
     "network-gone": ("network-gone", "network-gone:alone"),
     "k2-oom": ("k2-oom", "k2-oom:4M"),
 }
@@ -170,6 +171,13 @@ class TestTogether:
             (("network-gone",), {"capture_to": "disk"}, "the dump goes to the disk"),
             (("network-gone",), {"capture": None}, "the dump goes to the disk"),
             (("k2-oom",), {"capture": None}, "a raw copy needs no memory to speak of"),
+            (("disk-slow:1M",), {"memory": "1G"}, "a raw copy of 1G takes 1,024 s"),
+            (("k2-oom", "cpu-added"), {}, "with fault k2-oom there is no dump, and without one nobody sees what cpu-added did"),
+            (("disk-gone:alone", "secondary"), {"capture": 31}, "nobody sees what secondary did"),
+            (("disk-gone", "dma:init"), {}, "nobody sees what dma:init did"),
+            (("flip:initrd", "stuck-cpu"), {"smp": 2}, "nobody sees what stuck-cpu did"),
+            (("double", "disk-slow"), {}, "nobody sees what disk-slow did"),
+            (("nmi:handover", "disk-slow"), {}, "nobody sees what disk-slow did"),
         ],
     )
     def test_what_makes_no_sense_is_refused(self, words, options, says):
@@ -198,6 +206,19 @@ class TestTogether:
         if fault.kind == "k2":
             assert fault.fallback == (expects == "dump")
 
+    @pytest.mark.parametrize(
+        ("words", "options"),
+        [
+            (("flip:initrd", "memory-pressure"), {}),  # K1 tells of the one, the purgatory of the other
+            (("disk-gone", "panic-notifier"), {}),
+            (("disk-gone", "secondary"), {"capture": 31}),  # another target has the dump
+            (("memory-added", "secondary", "disk-slow"), {}),  # words, and a dump that is right but for them
+            (("nmi", "disk-failing"), {"capture": 31}),
+        ],
+    )
+    def test_what_is_seen_all_the_same_goes_together(self, words, options):
+        assert len(parse_faults(request_for(*words, **options))) == len(words)
+
 
 class TestTwin:
     """What each fault needs of the hardware."""
@@ -212,7 +233,7 @@ class TestTwin:
             ("disk-gone", Hardware(disk=False)),
             ("disk-failing", Hardware(bad_sector=16 << 20)),
             ("disk-failing:4M,alone", Hardware(bad_sector=4 << 20)),
-            ("disk-slow:2M", Hardware(disk_rate=2 << 20)),
+            ("disk-slow:8M", Hardware(disk_rate=8 << 20)),
             ("network-gone", Hardware()),
         ],
     )
@@ -342,9 +363,13 @@ class TestConclusions:
             ("disk-gone", "the guest says: no disk /dev/vda", True),
             ("disk-gone", "the guest says: insmod virtio_blk: exit 1", False),
             ("disk-failing", "the guest says: dd: exit 1: dd: error writing '/dev/vda': Input/output error", True),
+            ("disk-failing", "device /dev/vda: Input/output error", True),
             ("disk-failing", "not done after 900 s", False),
+            ("disk-failing", "the guest says: dd: exit 1: dd: error reading '/proc/vmcore': Input/output error", False),
+            ("disk-failing", "the guest says: no disk /dev/vda", False),
             ("network-gone:alone", "no target took the dump: http://10.0.2.2:4/: timed out", True),
             ("network-gone:alone", "the twin ended", False),
+            ("network-gone:alone", "eth0: 10.0.2.20 is in use", False),
         ],
     )
     def test_a_lost_target_must_be_named(self, word, message, excused):
@@ -363,19 +388,52 @@ class TestConclusions:
         assert fault.told
 
     def test_k2_without_memory_must_say_so(self):
+        starts = "[    0.000000] Linux version 6.1.0\n"
         killed = "[    9.000000] Out of memory: Killed process 77 (python3.11)\n"
         fault = the_fault("k2-oom")
-        assert fault.conclude(Ending(killed, {}, failure=failed("capture", "the guest says: 137")))
+        assert fault.conclude(Ending(starts + starts + killed, {}, failure=failed("capture", "the guest says: 137")))
         assert fault.told == "the guest says: 137; Out of memory: Killed process 77 (python3.11)"
-        assert not the_fault("k2-oom").conclude(Ending("", {}, failure=failed("capture", "not done after 900 s")))
-        assert not the_fault("k2-oom").conclude(Ending(killed, {}, verdict=GOOD))
+        python = "the guest says: MemoryError"
+        assert the_fault("k2-oom").conclude(Ending(starts + starts, {}, failure=failed("capture", python)))
+        assert not the_fault("k2-oom").conclude(Ending(starts + starts + killed, {}, verdict=GOOD))
 
-    def test_a_slow_disk_that_was_fast_shows_nothing(self):
-        pages = PageCount(31, 0x10000, 1, 0, {}, 0, 0, dump_bytes=64 << 20)
-        for seconds, told in ((4.0, True), (1.0, False)):
-            fault = the_fault("disk-slow")
-            fault.conclude(Ending("", {"capture": seconds}, verdict=replace(GOOD, pages=pages)))
-            assert bool(fault.told) == told
+    @pytest.mark.parametrize(
+        ("console", "message"),
+        [
+            ("[ 0.0] Linux version 6\n[ 0.0] Linux version 6\n", "not done after 900 s"),
+            # K1's own, as with memory-pressure
+            (
+                "[ 0.0] Linux version 6\n[ 9.0] Out of memory: Killed process 7\n[ 0.0] Linux version 6\n",
+                "not done after 900 s",
+            ),
+            ("", "K2 was silent for 75 s; its last line: Freeing unused kernel image (initmem) memory: 6400K"),
+        ],
+    )
+    def test_not_every_word_of_memory_will_do(self, console, message):
+        fault = the_fault("k2-oom")
+        assert not fault.conclude(Ending(console, {}, failure=failed("capture", message)))
+        assert not fault.told
+
+    @pytest.mark.parametrize(
+        ("took", "writes", "told"),
+        [
+            (4.0, (64 << 20, 4.0), True),
+            (1.0, (64 << 20, 4.0), False),  # all of it was faster than the disk can be
+            (60.0, (64 << 20, 1.0), False),  # K2 was so slow that it never waited for the disk
+            (4.0, (0, 0.0), False),
+        ],
+    )
+    def test_a_slow_disk_that_nobody_waited_for_shows_nothing(self, took, writes, told):
+        class Machine:
+            async def disk_writes(self):
+                return writes
+
+        fault = the_fault("disk-slow")
+        asyncio.run(fault.saved(Running(DrillRequest(), None, Machine(), None, None)))
+        fault.conclude(Ending("", {"capture": took}, verdict=BAD))
+        assert not fault.told
+        fault.conclude(Ending("", {"capture": took}, verdict=GOOD))
+        assert bool(fault.told) == told
 
     def test_memory_that_came_must_have_been_named_by_status(self):
         for said, told in ((("256 MiB of memory came at 0x80000000-0x90000000",), True), (("a CPU came",), False)):

@@ -210,7 +210,7 @@ def test_a_wrong_token_is_told_at_once(store, options):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_it_goes_on_after_a_restart_of_the_receiver(store, options, number):
     receiver = ReceiverProcess(store, options.token_file)
-    target = parse_target(f"http://127.0.0.1:{receiver.port}/", TargetOptions(token_file=options.token_file, stall=10))
+    target = parse_target(f"http://127.0.0.1:{receiver.port}/", TargetOptions(token_file=options.token_file, stall=60))
     middle, reached = os.pipe()
 
     def before(record):

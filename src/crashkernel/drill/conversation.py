@@ -127,15 +127,18 @@ def patience_with(boot: float) -> float:
     return max(_SILENCE + 15, 2 * boot)
 
 
-async def run_until(machine: RunningTwin, debugger: Debugger, address: int) -> None:
-    """Run to physical `address` in real mode; a user program of K1 may well use the same number as a virtual address."""
+async def run_until(machine: RunningTwin, debugger: Debugger, address: int) -> int:
+    """Run to physical `address` in real mode; the number of the CPU that came there.
+
+    A user program of K1 may well use the same number as a virtual address.
+    """
     while True:
         await debugger.set_breakpoint(address)
         await debugger.resume()
         await debugger.stopped()
         await debugger.clear_breakpoint(address)
-        if await machine.in_real_mode_at(address):
-            return
+        if (cpu := await machine.in_real_mode_at(address)) is not None:
+            return cpu
         await debugger.step()  # past it, or it would stop there for ever
 
 

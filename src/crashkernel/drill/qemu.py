@@ -349,9 +349,10 @@ class RunningTwin:
         reader, writer = await asyncio.open_unix_connection(self.wiring.socket("gdb"))
         return Debugger(reader, writer)
 
-    async def in_real_mode_at(self, address: int) -> bool:
-        """Whether a stopped CPU is about to execute physical `address` with translation off."""
-        return any(nip == address and not msr & _MSR_IR for nip, msr in await self._standing())
+    async def in_real_mode_at(self, address: int) -> int | None:
+        """The number of the stopped CPU about to execute physical `address` with translation off; None if none is."""
+        standing = enumerate(await self._standing())
+        return next((cpu for cpu, (nip, msr) in standing if nip == address and not msr & _MSR_IR), None)
 
     async def whereabouts(self) -> str:
         """Where each CPU is, for people, as far as QEMU answers."""
@@ -398,6 +399,13 @@ class RunningTwin:
     async def pull_network(self) -> None:
         """Pull the network's cable."""
         await self._command("set_link", {"name": "card", "up": False})
+
+    async def disk_writes(self) -> tuple[int, float]:
+        """Bytes that the guest has written to its disk, and the seconds that its requests took, added up."""
+        for each in await self._command("query-blockstats", {"query-nodes": False}):
+            if isinstance(each, dict) and (stats := each["stats"])["wr_bytes"]:
+                return int(stats["wr_bytes"]), int(stats["wr_total_time_ns"]) / 1e9
+        return 0, 0.0
 
     async def plug_cpu(self) -> int:
         """Plug a CPU into a running pseries; its number."""

@@ -215,9 +215,9 @@ async def _drill(scenario: Scenario, wiring: Wiring, outcome: Outcome, clock: Cl
             await fault.loaded(drill)
         plan = drill.plan
         _note_plan(plan, outcome, wiring)
-        debugger = await machine.attach()
-        head = read_ram(wiring.ram, HEAD_SIZE)
         async with clock.stage(CRASH, machine):
+            debugger = await machine.attach()
+            head = read_ram(wiring.ram, HEAD_SIZE)
             machine.await_death()
             for fault in faults:
                 await fault.dying(drill, debugger)
@@ -226,7 +226,7 @@ async def _drill(scenario: Scenario, wiring: Wiring, outcome: Outcome, clock: Cl
                 machine.say("crash")
             else:
                 await crash.crash(drill, debugger)
-            await run_until(machine, debugger, plan.segment("purgatory").range.start)
+            crashed_cpu = await run_until(machine, debugger, plan.segment("purgatory").range.start)
         async with clock.stage(COPY_TRUTH, machine):
             await asyncio.to_thread(_copy_truth, machine, wiring)
             truth = Truth(
@@ -240,11 +240,12 @@ async def _drill(scenario: Scenario, wiring: Wiring, outcome: Outcome, clock: Cl
                 crashed_pid=_CRASHED_PID,
                 cpus=twin.smp,
                 firmware=firmware,
+                crashed_cpu=crashed_cpu,
             )
         ended = [await fault.dead(drill, debugger, truth) for fault in faults]
         if any(ended):
             return
-        size = await _hand_over(outcome, drill, debugger)
+        size = await _hand_over(outcome, drill, debugger, crashed_cpu)
     for fault in faults:
         truth = fault.judged_by(truth)
     (wiring.directory / EVIDENCE).write_text(evidence_json(truth, scenario.saving))
@@ -279,7 +280,7 @@ def _judge_saved(arriving: Arrival, wiring: Wiring, saving: Saving, truth: Truth
     return judge_filtered(saved, saving, truth, plan)
 
 
-async def _hand_over(outcome: Outcome, drill: Running, debugger: Debugger) -> int:
+async def _hand_over(outcome: Outcome, drill: Running, debugger: Debugger, crashed_cpu: int) -> int:
     """From the purgatory's first instruction to the saved dump; the size of K2's /proc/vmcore. QEMU has ended then."""
     machine, plan, clock, faults = drill.machine, drill.plan, drill.clock, outcome.faults
     patience = patience_with(clock.taken[BOOT_K1.name]) if any(fault.slow for fault in faults) else None
@@ -293,7 +294,7 @@ async def _hand_over(outcome: Outcome, drill: Running, debugger: Debugger) -> in
         await debugger.detach()
     async with clock.stage(BOOT_K2, machine), signs_of_life(machine, plan, patience):
         await first_words(machine, plan)
-        require_cpus(await expect(machine, "k2-cpus"), outcome.scenario.request)
+        require_cpus(await expect(machine, "k2-cpus"), outcome.scenario.request, crashed_cpu)
         await expect(machine, "k2-up")
     async with clock.stage(CAPTURE, machine) as note, signs_of_life(machine, plan, patience):
         size = int(await expect(machine, "vmcore"))
@@ -306,24 +307,25 @@ async def _hand_over(outcome: Outcome, drill: Running, debugger: Debugger) -> in
         )
         for fault in faults:
             fault.stop()
+            await fault.saved(drill)
         await machine.quit()
     return size
 
 
-def require_cpus(online: str, request: DrillRequest) -> None:
-    """See that K2 runs on as many CPUs as it was told to; `online` is its kernel's list.
+def require_cpus(online: str, request: DrillRequest, crashed_cpu: int) -> None:
+    """See that K2 runs on the CPUs that it was told to use; `online` is its kernel's list, in numbers that are K1's too.
 
     :raise GuestSaidNo: on others.
     """
     cpus = cpu_list(online)
     if request.all_cpus:
-        wanted, good = str(request.smp), len(cpus) == request.smp
+        wanted, good = f"all {request.smp}", len(cpus) == request.smp
     else:
         # With maxcpus=1, kernels since 6.5 start CPU 0 beside the one that they boot on, which is the one that crashed
         # (cpuhp_bringup_mask, kernel/cpu.c, counts from CPU 0 whether or not it runs already).
-        wanted, good = "the one that crashed", len(cpus) == 1 or (len(cpus) == 2 and 0 in cpus)
+        wanted, good = f"the one that crashed, {crashed_cpu}", set(cpus) in ({crashed_cpu}, {0, crashed_cpu})
     if not good:
-        raise GuestSaidNo(f"K2 runs on {len(cpus)} CPUs ({online}), not on {wanted}")
+        raise GuestSaidNo(f"K2 runs on CPUs {online}, not on {wanted}")
 
 
 def run_bare(request: DrillRequest, supplies: Supplies, tell: Listener) -> Outcome:

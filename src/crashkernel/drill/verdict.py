@@ -64,7 +64,7 @@ class Truth:
     device_problem: str = ""  # why a device that went on writing proves nothing, "" if it does or there was none
     device_buffers: RangeSet = RangeSet()  # K1's memory that a device went on writing to, as K1 had told it  # noqa: RUF009
     says_why: bool = True  # K1 prints a line when it dies; if not, there is none to be looked for
-    crashed_cpu: int | None = None  # the CPU whose registers are the crashed task's, None: any
+    crashed_cpu: int | None = None  # the CPU whose registers are the crashed task's, if that is known; None: any
     registers: tuple[Mapping[str, int], ...] = ()  # some of a CPU's as the host saw them: each must be in the dump
 
     @property
@@ -457,7 +457,7 @@ def _judge_crashed(saved: list[bytes], tasks: list[PrStatus], truth: Truth, plan
     ]
     if truth.crashed_pid is not None and not crashed:
         yield f"no CPU's registers belong to the task that crashed (pid {truth.crashed_pid})"
-    elif truth.crashed_cpu is not None:
+    elif crashed and truth.crashed_cpu is not None:
         # the first note is VMCOREINFO's, the others are the CPUs'
         buffer = _note_buffer(plan.notes[1 + truth.crashed_cpu], truth)
         if not any(saved[number] in buffer for number in crashed):

@@ -81,7 +81,17 @@ def parse_faults(request: DrillRequest) -> tuple[Fault, ...]:
             f"faults {' and '.join(telling)} each keep a dump from being whole: what was told would be of one",
             hint="give one of them",
         )
-    return tuple(sorted(faults, key=lambda fault: list(KINDS).index(fault.kind)))
+    order = list(KINDS)
+    for last in faults:
+        if last.expects == "dump" or last.seen_in_dump:
+            continue
+        for fault in faults:
+            if fault is not last and (fault.seen_in_dump or order.index(fault.kind) > order.index(last.kind)):
+                raise UsageError(
+                    f"with fault {last.word} there is no dump, and without one nobody sees what {fault.word} did",
+                    hint="give one of them",
+                )
+    return tuple(sorted(faults, key=lambda fault: order.index(fault.kind)))
 
 
 def fault_lines(width: int = 112) -> list[str]:

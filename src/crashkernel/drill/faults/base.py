@@ -110,6 +110,11 @@ class Fault:
         return ""
 
     @property
+    def seen_in_dump(self) -> bool:
+        """Whether it takes a dump to see that it acted."""
+        return True
+
+    @property
     def fallback(self) -> bool:
         """Whether `crashkernel capture` is given a second target."""
         return False
@@ -144,6 +149,9 @@ class Fault:
 
     def stop(self) -> None:
         """K2 has saved the dump, or the drill is over in another way: leave the twin alone. May be called again."""
+
+    async def saved(self, drill: Running) -> None:
+        """K2 says that it has saved the dump."""
 
     def judged_by(self, truth: Truth) -> Truth:
         """What a dump must have, given what it must have in any drill."""

@@ -23,10 +23,7 @@ if TYPE_CHECKING:
 _CAME = 256 << 20  # bytes; a block of memory that a partition may be given (ibm,lmb-size)
 _GIB = 1 << 30
 _STATUS = 'crashkernel status </dev/null 2>&1 3>&- | while IFS= read -r line; do say "answer $line"; done'
-_REFRESH = (
-    ": >/tmp/plan.json; crashkernel load --refresh --plan-out /tmp/plan.json </dev/null 2>&1 3>&- | "
-    'while IFS= read -r line; do say "log $line"; done; send plan /tmp/plan.json'
-)
+_REFRESH = ": >/tmp/plan.json; logged crashkernel load --refresh --plan-out /tmp/plan.json; send plan /tmp/plan.json"
 
 
 class _Came(Fault):

@@ -85,7 +85,7 @@ class _AtFunction(Fault):
             cpu = await debugger.stopped()
             if (await drill.machine.registers())[cpu]["nip"] in entries:
                 break
-            if await drill.machine.in_real_mode_at(purgatory):
+            if await drill.machine.in_real_mode_at(purgatory) is not None:
                 raise GuestSaidNo(f"K1 died without coming to {self.function}")
         for address in (*entries, purgatory):
             await debugger.clear_breakpoint(address)
@@ -158,6 +158,11 @@ class InNotifier(_AtFunction):
         """A partition's panic notifier tells the hypervisor, and QEMU would end there, which a real one does not."""
         return replace(hardware, outlives_panic=True, kernel_options=(*hardware.kernel_options, "crash_kexec_post_notifiers"))
 
+    @property
+    def seen_in_dump(self) -> bool:
+        """K1's console has it."""
+        return False
+
     def conclude(self, ending: Ending) -> bool:
         """It must have panicked once more."""
         panics = _panics(ending.console)
@@ -181,6 +186,11 @@ class DoubleCrash(_AtFunction):
     def title(self) -> str:
         """What is done to the twin, in one line."""
         return f"K1 oopses in {self.function}, on its way from the panic to K2"
+
+    @property
+    def seen_in_dump(self) -> bool:
+        """There is none."""
+        return False
 
     def conclude(self, ending: Ending) -> bool:
         """K1 must have said both, and the purgatory nothing."""
@@ -224,6 +234,11 @@ class Nmi(Fault):
         """
         if self._again and request.capture is not None:
             raise UsageError(f"with fault {self.word} there is no dump to capture", hint="leave --capture out")
+
+    @property
+    def seen_in_dump(self) -> bool:
+        """The first one's registers; of the second one the purgatory tells."""
+        return not self._again
 
     async def crash(self, drill: Running, debugger: Debugger) -> None:
         """Press the button, and remember what every CPU was at."""
@@ -271,6 +286,11 @@ class MemoryPressure(Fault):
 
     _LEFT = 24 << 10  # KiB
     _HOGS = 3  # while one is killed, the others go on
+
+    @property
+    def seen_in_dump(self) -> bool:
+        """K1 tells."""
+        return False
 
     async def loaded(self, drill: Running) -> None:
         """Let them loose, and wait until one was killed and nothing is left."""

@@ -66,6 +66,11 @@ class Flip(Fault):
         if request.capture is not None:
             raise UsageError(f"with fault {self.word} there is no dump to capture", hint="leave --capture out")
 
+    @property
+    def seen_in_dump(self) -> bool:
+        """The purgatory tells."""
+        return False
+
     def place(self, plan: LoadPlan) -> tuple[int, int]:
         """The address of the byte and the number of the bit."""
         segment = plan.segment(self.content).range
@@ -191,7 +196,8 @@ class RogueDma(Fault):
 
     def conclude(self, ending: Ending) -> bool:
         """Say what the writes did."""
-        self.report.effect = self.told = _effect(self.report, ending)
+        self.report.effect = _effect(self.report, ending)
+        self.told = self.report.effect if self.report.writes else ""
         return False
 
 

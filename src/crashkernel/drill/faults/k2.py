@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from crashkernel.drill.faults.base import Fault
-from crashkernel.drill.stages import BOOT_K2, CAPTURE
+from crashkernel.drill.stages import BOOT_K2, CAPTURE, MEMORY_SHORT, k2_said
 from crashkernel.errors import UsageError
 from crashkernel.memory import format_size, parse_size
 
@@ -26,7 +27,7 @@ class _TargetLost(Fault):
 
     kind = "k2"
     target: Destination
-    _signs: tuple[str, ...]  # of which one must be in what K2 says when it has lost its only target
+    _sign: str  # a regular expression: what K2 must say when it has lost its only target
 
     def __init__(self, argument: str = "", seed: int = 0) -> None:
         super().__init__(argument, seed)
@@ -37,6 +38,11 @@ class _TargetLost(Fault):
         if argument not in ("", "alone"):
             raise UsageError(f"fault {self.word}: it is the only target or not", hint=f"{self.name} or {self.name}:alone")
         return argument == "alone"
+
+    @property
+    def seen_in_dump(self) -> bool:
+        """If there is to be one."""
+        return self.expects == "dump"
 
     @property
     def fallback(self) -> bool:
@@ -60,7 +66,7 @@ class _TargetLost(Fault):
         """Without another target K2 must have said that it failed, and of what."""
         failure = ending.failure
         if self.expects == "told":
-            if failure is None or failure.stage != CAPTURE.name or not any(sign in failure.message for sign in self._signs):
+            if failure is None or failure.stage != CAPTURE.name or not re.search(self._sign, failure.message):
                 return False
             self.told = f"no dump: {failure.message.removeprefix(f'{CAPTURE.name}: ')}"
             return True
@@ -77,7 +83,7 @@ class DiskGone(_TargetLost):
     argument = "[alone]"
     summary = "K2 has no disk; with --capture it is given the network as a second target, but for `:alone`"
     target = "disk"
-    _signs = ("/dev/vda",)
+    _sign = "/dev/vda"
 
     def hardware(self, hardware: Hardware) -> Hardware:
         """K1 never uses it, so it may as well never be there."""
@@ -91,7 +97,7 @@ class NetworkGone(_TargetLost):
     argument = "[alone]"
     summary = "the network's cable is pulled before K2 runs; K2 is given the disk as a second target, but for `:alone`"
     target = "network"
-    _signs = ("10.0.2.2",)
+    _sign = r"//10\.0\.2\.2[:/]"
 
     async def k2_enters(self, drill: Running) -> None:
         """Pull it."""
@@ -105,7 +111,7 @@ class DiskFailing(_TargetLost):
     argument = "[OFFSET][,alone]"
     summary = "K2's disk cannot be written at OFFSET (16M); with --capture there is the network, but for `,alone`"
     target = "disk"
-    _signs = ("dd: exit", "/dev/vda", "Input/output error")
+    _sign = "/dev/vda.*Input/output error"
 
     def _read(self, argument: str) -> bool:
         offset, _, alone = argument.partition(",")
@@ -132,13 +138,14 @@ class DiskSlow(Fault):
     name = "disk-slow"
     kind = "k2"
     argument = "[RATE]"
-    summary = "K2's disk takes RATE bytes a second (16M)"
+    summary = "K2's disk takes RATE bytes a second (16M, with --capture 1M)"
 
     def __init__(self, argument: str = "", seed: int = 0) -> None:
         super().__init__(argument, seed)
         self._rate = parse_size(argument or "16M")
         if self._rate < 1 << 20:
             raise UsageError(f"fault {self.word}: less than 1 MiB a second, and no drill ends", hint="as disk-slow:16M")
+        self._written, self._waited = 0, 0.0  # bytes, seconds
 
     @property
     def title(self) -> str:
@@ -146,28 +153,42 @@ class DiskSlow(Fault):
         return f"K2's disk takes {format_size(self._rate)} a second"
 
     def fit(self, request: DrillRequest) -> None:
-        """Of the drills whose dump goes there.
+        """Of the drills whose dump goes there, and can be there before the drill's patience ends.
 
-        :raise UsageError: it goes elsewhere.
+        :raise UsageError: it goes elsewhere, or is too much.
         """
-        if request.capture is not None and request.capture_to != "disk":
+        if request.capture is None:
+            seconds = parse_size(request.memory) / self._rate
+            if seconds > CAPTURE.deadline / 2:
+                raise UsageError(
+                    f"fault {self.word}: a raw copy of {request.memory} takes {seconds:,.0f} s, a drill gives it "
+                    f"{CAPTURE.deadline:.0f} s, and the machine is slow as well",
+                    hint="a higher rate, a smaller --memory, or --capture 31",
+                )
+        elif request.capture_to != "disk":
             raise UsageError(f"fault {self.word}: the dump goes over the network", hint="leave --capture-to out")
+        elif ":" not in self.word:
+            self._rate = _CAPTURES_RATE
 
     def hardware(self, hardware: Hardware) -> Hardware:
         """QEMU's throttle."""
         return replace(hardware, disk_rate=self._rate)
 
+    async def saved(self, drill: Running) -> None:
+        """Ask QEMU, which counts what the guest waits for its disk."""
+        self._written, self._waited = await drill.machine.disk_writes()
+
     def conclude(self, ending: Ending) -> bool:
-        """It must have been slow."""
-        verdict = ending.verdict
-        if verdict is not None and verdict.passed:
-            size = verdict.pages.dump_bytes if verdict.pages else verdict.bytes_compared
+        """K2 must have waited for it: a compressing K2 may be slower than the disk, which then was not slow for anyone."""
+        if ending.verdict is not None and ending.verdict.passed:
             took = ending.seconds.get(CAPTURE.name, 0.0)
-            rate = size / took
-            self.told = f"{format_size(size)} in {took:.0f} s" if rate <= _BURST * self._rate else ""
+            fastest = self._written / (_BURST * self._rate)  # seconds
+            if self._written and min(took, self._waited) >= fastest:
+                self.told = f"{format_size(self._written)} in {took:.0f} s; its writes took {self._waited:.0f} s, added up"
         return False
 
 
+_CAPTURES_RATE = 1 << 20  # bytes a second: a twin's K2 writes two to three times as much, compressed
 _BURST = 1.2  # times its rate that a throttle may let through on the whole (throttle.txt: bursts)
 
 
@@ -212,13 +233,18 @@ while [ $left -gt {self._left >> 10} ]; do
 done
 """
 
+    @property
+    def seen_in_dump(self) -> bool:
+        """There is none."""
+        return False
+
     def conclude(self, ending: Ending) -> bool:
         """K2 must have said that it is for want of memory, and have no dump."""
         failure = ending.failure
         if failure is None or failure.stage not in (BOOT_K2.name, CAPTURE.name):
             return False
-        words = [line.partition("] ")[2] for line in ending.console.splitlines() if "Out of memory" in line]
-        if not words and "memory" not in failure.message.lower():
+        words = [line.partition("] ")[2] for line in k2_said(ending.console).splitlines() if MEMORY_SHORT.search(line)]
+        if not words and not MEMORY_SHORT.search(failure.message):
             return False
         self.told = "; ".join([failure.message.removeprefix(f"{failure.stage}: "), *words[:1]])
         return True
