@@ -414,11 +414,17 @@ class TestEffect:
 
     def effect(self, console, failure=None, into_k2=0, **verdict):
         fault = parse_fault("dma:init")
-        fault.report.writes_into_k2 = into_k2
+        fault.report.writes, fault.report.writes_into_k2 = max(1, into_k2), into_k2
         ending = Ending(console, {}, verdict=Verdict(**verdict) if verdict else None, failure=failure)
         assert not fault.conclude(ending), "a device excuses nothing"
         assert fault.told == fault.report.effect
         return fault.told
+
+    def test_a_device_that_never_wrote_shows_nothing(self):
+        fault = parse_fault("dma:init")
+        fault.conclude(Ending(self.started, {}, verdict=Verdict()))
+        assert not fault.told
+        assert fault.report.effect
 
     def test_the_purgatory_found_it(self):
         told = "crashkernel: 9/12 check 0x1000-0x2000: kernel DAMAGED, rebooting"

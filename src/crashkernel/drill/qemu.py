@@ -81,13 +81,17 @@ class Hardware:
 
 
 _PORT = f"virtserialport,chardev=control,name={PORT_NAME}"
-_PSERIES_DEVICES = ("virtio-serial-pci", _PORT)
+# With an ioeventfd QEMU looks through every queue whenever the machine goes on (virtio_device_start_ioeventfd_impl,
+# hw/virtio/virtio.c), and the debugger has it go on when K1's rings are K2's image already: what QEMU took for a ring there
+# it once in some thirty drills wrote to.
+_SERIAL = "virtio-serial-pci,ioeventfd=off"
+_PSERIES_DEVICES = (_SERIAL, _PORT)
 # One PCI host bridge instead of the default six, each of which K2 resets for three seconds; and a BMC, without which
 # powering off never ends.
 _POWERNV_DEVICES = (
     "pnv-phb,chip-id=0,index=0,id=phb0",
     "pnv-phb-root-port,bus=phb0,id=pcie.0",
-    "virtio-serial-pci,bus=pcie.0,addr=0.0,multifunction=on",
+    f"{_SERIAL},bus=pcie.0,addr=0.0,multifunction=on",
     _PORT,
     "ipmi-bmc-sim,id=bmc0",
     "isa-ipmi-bt,bmc=bmc0,irq=10",
