@@ -60,9 +60,9 @@ def test_options_that_go_together_are_an_axis_by_any_name():
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        ('["", "nmi", "nmi flip:initrd"]', [(), ("nmi",), ("nmi", "flip:initrd")]),
-        ('[[], ["nmi"], ["nmi", "flip:initrd"]]', [(), ("nmi",), ("nmi", "flip:initrd")]),
-        ('"nmi flip:initrd"', [("nmi", "flip:initrd")]),
+        ('["", "nmi", "nmi dma:init"]', [(), ("nmi",), ("nmi", "dma:init")]),
+        ('[[], ["nmi"], ["nmi", "dma:init"]]', [(), ("nmi",), ("nmi", "dma:init")]),
+        ('"nmi dma:init"', [("nmi", "dma:init")]),
     ],
 )
 def test_faults_of_one_drill_are_words_and_a_matrix_has_a_list_of_them(value, expected):
@@ -70,9 +70,9 @@ def test_faults_of_one_drill_are_words_and_a_matrix_has_a_list_of_them(value, ex
 
 
 def test_a_single_drill_has_a_list_of_words_or_a_text():
-    found = drills('[[drill]]\nfault = ["nmi", "flip:initrd"]\n[[drill]]\nfault = "nmi"\nrepeats = 2')
+    found = drills('[[drill]]\nfault = ["nmi", "dma:init"]\n[[drill]]\nfault = "nmi"\nrepeats = 2')
     assert [(drill.request.fault, drill.repeat) for drill in found] == [
-        (("nmi", "flip:initrd"), 1),
+        (("nmi", "dma:init"), 1),
         (("nmi",), 1),
         (("nmi",), 2),
     ]

@@ -376,6 +376,40 @@ def test_bytecode_is_what_the_source_says():
     assert code.co_filename == "/usr/lib/x.py"
 
 
+class TestKeptBytecode:
+    source = b"answer = 6 * 7\n"
+
+    @pytest.fixture
+    def compiled(self, monkeypatch, tmp_path):
+        """How often something was compiled; the cache is `tmp_path`."""
+        count = []
+        monkeypatch.setenv("CRASHKERNEL_CACHE", str(tmp_path))
+        monkeypatch.setattr(guest, "compile_module", lambda *what: count.append(what) or compile_module(*what))
+        return count
+
+    def test_it_is_compiled_once(self, compiled):
+        first = guest.kept_module(self.source, "/usr/lib/x.py")
+        assert first == compile_module(self.source, "/usr/lib/x.py")
+        assert guest.kept_module(self.source, "/usr/lib/x.py") == first
+        assert len(compiled) == 1
+
+    def test_another_source_or_place_is_another(self, compiled):
+        for source, place in ((self.source, "/x.py"), (self.source, "/y.py"), (self.source + b"\n", "/x.py")):
+            assert guest.kept_module(source, place) == compile_module(source, place)
+        assert len(compiled) == 3
+
+    def test_a_cache_that_cannot_be_written_is_none(self, compiled, tmp_path):
+        (tmp_path / "bytecode").write_text("in the way")
+        for _ in range(2):
+            assert guest.kept_module(self.source, "/x.py") == compile_module(self.source, "/x.py")
+        assert len(compiled) == 2
+
+    def test_what_does_not_compile_is_not_kept(self, compiled, tmp_path):
+        with pytest.raises(SyntaxError):
+            guest.kept_module(b"answer =\n", "/x.py")
+        assert not list(tmp_path.rglob("*"))
+
+
 # Commands that busybox's sh does not have built in and a script might be tempted to use.
 EXTERNAL = (
     *(
