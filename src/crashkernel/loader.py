@@ -203,7 +203,7 @@ def outdated(plan: LoadPlan, machine: Machine) -> tuple[str, ...]:
         changes.append(f"{len(new)} note buffers of CPUs are not in the dump's header: their registers would be missing")
     if (slaves := slaves_of(machine)) != plan.slaves:
         # K2 cannot boot on a CPU that its device tree does not have: seen to die before its console works
-        came = ": if a new one is the one that crashes, there is no K2" if slaves > plan.slaves else ""
+        came = ": if one that was plugged in since is the one that crashes, there is no K2" if slaves > plan.slaves else ""
         changes.append(f"{slaves + 1} CPUs are online, the handover waits for {plan.slaves + 1}{came}")
     return tuple(changes)
 
