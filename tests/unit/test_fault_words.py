@@ -353,6 +353,28 @@ class TestConclusions:
         assert not fault.conclude(Ending(console, {}, failure=failed(stage)))
         assert not fault.told
 
+    @pytest.mark.parametrize(
+        ("console", "told"),
+        [
+            (
+                dead + oops + again,
+                "K1 faulted after its panic, and panicked again as 'Kernel panic - not syncing: Attempted to ",
+            ),
+            (dead + oops, "K1 faulted after its panic, and went to K2"),  # as on bare metal
+            (dead, ""),
+            (oops + dead, ""),
+            (dead + "[    0.000000] Linux version 6.1\n" + oops, ""),  # K2's own
+        ],
+    )
+    def test_a_notifier_that_faulted(self, console, told):
+        fault = the_fault("panic-notifier")
+        fault.conclude(Ending(console, {}, verdict=GOOD))
+        assert not fault.told, "it was not tripped"
+        fault._registers = {"nip": 0}
+        fault.conclude(Ending(console, {}, verdict=GOOD))
+        assert fault.told.startswith(told)
+        assert bool(fault.told) == bool(told)
+
     def test_a_double_crash_that_never_was_tripped(self):
         fault = the_fault("double")
         assert not fault.conclude(Ending(self.dead + self.oops + self.again, {}, failure=failed("crash")))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from crashkernel.drill.conversation import have_done, pinned
 from crashkernel.drill.faults.base import Fault, saved_exactly
-from crashkernel.drill.stages import CRASH, DAMAGE, FAULT, GuestSaidNo, purgatory_lines
+from crashkernel.drill.stages import CRASH, DAMAGE, FAULT, KERNEL_STARTS, GuestSaidNo, purgatory_lines
 from crashkernel.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 _LOCAL_ENTRY = 8  # bytes from a function's first instruction to where its own kernel enters it (ELFv2 ABI 2.3.2.1)
 _SYSTEM_RESET = "exception 0x0100"  # as the purgatory tells it
-_NULL = 0  # where K1 is sent to: an oops, "Unable to handle kernel instruction fetch (NULL pointer?)"
+_NULL = 0  # where K1 is sent to: an oops
+_FAULTED = (
+    "Unable to handle kernel"  # "BUG: Unable to handle kernel instruction fetch (NULL pointer?)", arch/powerpc/mm/fault.c
+)
 
 
 class OnOtherCpu(Fault):
@@ -164,9 +167,11 @@ class InNotifier(_AtFunction):
         return False
 
     def conclude(self, ending: Ending) -> bool:
-        """It must have panicked once more."""
+        """It must have said that it faulted after its panic. Then it may panic again, or go to K2 at once."""
         panics = _panics(ending.console)
-        self.told = f"K1 panicked {len(panics)} times, the last as {panics[-1]!r}" if len(panics) > 1 else ""
+        dying = ending.console.partition(panics[0])[2].partition(KERNEL_STARTS)[0] if panics else ""
+        if self._registers is not None and _FAULTED in dying:
+            self.told = f"K1 faulted after its panic, and {f'panicked again as {panics[-1]!r}' if panics[1:] else 'went to K2'}"
         return False
 
 
@@ -197,7 +202,7 @@ class DoubleCrash(_AtFunction):
         panics = _panics(ending.console)
         if ending.failure is None or ending.failure.stage != CRASH.name or self._registers is None or len(panics) < 2:
             return False
-        if "Unable to handle kernel" not in ending.console or purgatory_lines(ending.console.splitlines()):
+        if _FAULTED not in ending.console or purgatory_lines(ending.console.splitlines()):
             return False
         self.told = f"no dump: K1 did not come to its purgatory, and said: {panics[-1]}"
         return True
