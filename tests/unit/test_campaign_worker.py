@@ -176,8 +176,12 @@ def test_the_command_is_what_runs(place, monkeypatch):
         ({"problems": ["PT_LOADs overlap", "more"]}, ("verify", "PT_LOADs overlap")),
         ({"bytes_wrong": 4096, "nonce_found": False}, ("verify", "4,096 bytes are wrong")),
         ({"bytes_missing": 1}, ("verify", "1 bytes are missing")),
-        ({"faults": [{"told": "K2 was entered all the same"}]}, ("verify", "K2 was entered all the same")),
-        ({"nonce_found": False}, ("verify", "the nonce is not as in K1")),
+        (
+            {"faults": [{"word": "nmi", "told": "seen"}, {"word": "disk-slow", "told": ""}]},
+            ("verify", "fault disk-slow was not seen to act"),
+        ),
+        ({"faults": [{"word": "nmi", "told": ""}], "nonce_found": False}, ("verify", "the nonce is not as in K1")),
+        ({"faults": [{"word": "nmi", "told": "seen"}], "bytes_missing": 1}, ("verify", "1 bytes are missing")),
         ({}, ("verify", "it does not say why")),
     ],
 )  # fmt: skip

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from crashkernel.cli import main
 from crashkernel.drill.debian import Kernel
 from crashkernel.drill.faults import FAULTS, KINDS, Ending, Running, fault_lines, parse_fault, parse_faults
-from crashkernel.drill.qemu import Hardware
+from crashkernel.drill.qemu import Hardware, Wiring
 from crashkernel.drill.record import outcome_record
 from crashkernel.drill.request import DrillRequest, Supplies
 from crashkernel.drill.scenario import Outcome, Scenario
+from crashkernel.drill.stages import GuestSaidNo
 from crashkernel.drill.verdict import Verdict
 from crashkernel.errors import StageFailed, UsageError
 from crashkernel.memory import Range
@@ -43,6 +44,8 @@ WORDS = {
     "k2-oom": ("k2-oom", "k2-oom:4M"),
 }
 """For each fault, words that name it."""
+TAKEN = "[ 0.0] Linux version 6\n[ 0.0] Linux version 6\n[ 3.0] the drill takes K2's memory\n"
+"""A console on which `k2-oom` has begun."""
 GOOD = Verdict(
     k1_bytes=4 << 20,
     bytes_compared=4 << 20,
@@ -278,6 +281,56 @@ class TestFlip:
         assert len(places) == 50
 
 
+class TestFlipSeen:
+    """Which lines of the purgatory's a flipped bit is seen by."""
+
+    def words(self, content, policy, tmp_path, *lines):
+        class Machine:
+            wiring = Wiring(tmp_path)
+            console = lines
+
+            def __init__(self):
+                self.spoke = asyncio.Event()
+                self.spoke.set()
+
+        (tmp_path / "console.log").write_text("".join(f"{line}\n" for line in lines))
+
+        async def within(seconds):
+            async with asyncio.timeout(seconds):
+                return await parse_fault(f"flip:{content}")._words(Machine(), policy)
+
+        return asyncio.run(within(0.05))
+
+    @pytest.mark.parametrize(
+        ("content", "policy", "line"),
+        [
+            ("kernel", "reboot", "crashkernel: 9/12 check 0x1000-0x2000: kernel DAMAGED, rebooting"),
+            ("kernel", "halt", "crashkernel: 11/12 check 0x0-0x1000: kernel DAMAGED, halted"),
+            ("initrd", "continue", "crashkernel: 8/12 check 0x0-0x1000: initrd DAMAGED, going on as told"),
+            ("purgatory", "reboot", "crashkernel: the purgatory itself is DAMAGED, rebooting"),
+        ],
+    )
+    def test_its_own(self, tmp_path, content, policy, line):
+        assert self.words(content, policy, tmp_path, "crashkernel: K1 is dead", line) == line
+
+    @pytest.mark.parametrize(
+        ("content", "policy", "line"),
+        [
+            ("kernel", "reboot", "crashkernel: 8/12 check 0x0-0x1000: initrd DAMAGED, rebooting"),
+            ("kernel", "reboot", "crashkernel: the purgatory itself is DAMAGED, rebooting"),
+            ("kernel", "reboot", "crashkernel: 9/12 check 0x1000-0x2000: kernel DAMAGED, going on as told"),
+            ("kernel", "halt", "crashkernel: 9/12 check 0x1000-0x2000: kernel ok"),
+        ],
+    )
+    def test_no_other(self, tmp_path, content, policy, line):
+        with pytest.raises(TimeoutError):
+            self.words(content, policy, tmp_path, line)
+
+    def test_k2_was_entered(self, tmp_path):
+        with pytest.raises(GuestSaidNo, match="a bit of the kernel was flipped, and K2 was entered"):
+            self.words("kernel", "reboot", tmp_path, "crashkernel: 12/12 enter K2 at 0x0")
+
+
 class TestWhatTheVerdictIsToFind:
     @pytest.fixture
     def truth(self, tmp_path):
@@ -325,8 +378,6 @@ class TestConclusions:
     @pytest.mark.parametrize("stage", ["K1 boot", "load", "fault", "verify", "handover"])
     def test_no_fault_excuses_what_is_not_its_own(self, word, stage):
         fault = the_fault(word)
-        if word == "memory-pressure":
-            fault._seen = "something"
         assert not fault.conclude(Ending("", {}, failure=failed(stage)))
 
     def double(self):
@@ -411,24 +462,26 @@ class TestConclusions:
 
     def test_k2_without_memory_must_say_so(self):
         starts = "[    0.000000] Linux version 6.1.0\n"
+        taken = starts + starts + "[    3.000000] the drill takes K2's memory\n"
         killed = "[    9.000000] Out of memory: Killed process 77 (python3.11)\n"
         fault = the_fault("k2-oom")
-        assert fault.conclude(Ending(starts + starts + killed, {}, failure=failed("capture", "the guest says: 137")))
+        assert fault.conclude(Ending(taken + killed, {}, failure=failed("capture", "the guest says: 137")))
         assert fault.told == "the guest says: 137; Out of memory: Killed process 77 (python3.11)"
         python = "the guest says: MemoryError"
-        assert the_fault("k2-oom").conclude(Ending(starts + starts, {}, failure=failed("capture", python)))
-        assert not the_fault("k2-oom").conclude(Ending(starts + starts + killed, {}, verdict=GOOD))
+        assert the_fault("k2-oom").conclude(Ending(taken, {}, failure=failed("capture", python)))
+        assert not the_fault("k2-oom").conclude(Ending(taken + killed, {}, verdict=GOOD))
+        # it was short of memory before anybody took any, or in another stage
+        for console in (starts + starts + killed, starts + killed + taken):
+            assert not the_fault("k2-oom").conclude(Ending(console, {}, failure=failed("capture", "the guest says: 137")))
+        assert not the_fault("k2-oom").conclude(Ending(taken + killed, {}, failure=failed("K2 boot", "the guest says: 137")))
 
     @pytest.mark.parametrize(
         ("console", "message"),
         [
-            ("[ 0.0] Linux version 6\n[ 0.0] Linux version 6\n", "not done after 900 s"),
+            (TAKEN, "not done after 900 s"),
             # K1's own, as with memory-pressure
-            (
-                "[ 0.0] Linux version 6\n[ 9.0] Out of memory: Killed process 7\n[ 0.0] Linux version 6\n",
-                "not done after 900 s",
-            ),
-            ("", "K2 was silent for 75 s; its last line: Freeing unused kernel image (initmem) memory: 6400K"),
+            (TAKEN.replace("6\n", "6\n[ 9.0] Out of memory: Killed process 7\n", 1), "not done after 900 s"),
+            (TAKEN, "K2 was silent for 75 s; its last line: Freeing unused kernel image (initmem) memory: 6400K"),
         ],
     )
     def test_not_every_word_of_memory_will_do(self, console, message):
@@ -441,6 +494,7 @@ class TestConclusions:
         [
             (4.0, (64 << 20, 4.0), True),
             (1.0, (64 << 20, 4.0), False),  # all of it was faster than the disk can be
+            (9.0, (64 << 20, 4.0), False),  # the disk was not what it took its time for
             (60.0, (64 << 20, 1.0), False),  # K2 was so slow that it never waited for the disk
             (4.0, (0, 0.0), False),
         ],

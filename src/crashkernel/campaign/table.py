@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 from crashkernel.errors import UsageError
 from crashkernel.memory import format_size
 from crashkernel.placement.plan import PLACEMENTS
-from crashkernel.report.campaign import STANDINGS, Cell
+from crashkernel.report.campaign import STANDINGS, Cell, further_options
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,7 +47,7 @@ def campaign_table(campaign: Campaign) -> str:
         _line([*row, *(_cell(cells.get((row, placement, smp), ()), notes) for placement, smp in columns)]) for row in rows
     ]
     passed = sum(1 for drill in drills if drill.standing == "passed")
-    compared = sum(result.compared or 0 for drill in drills if (result := drill.result))
+    compared = sum(result.compared or 0 for drill in drills if drill.standing == "passed" and (result := drill.result))
     facts = [f"{passed} of {len(drills)} drills passed", f"{format_size(compared >> 20 << 20)} compared byte for byte"]
     if usual_memory and usual_region:
         facts.append(f"{format_size(usual_memory)} of memory and `crashkernel={usual_region}` where nothing else is said")
@@ -102,7 +102,7 @@ def _other(drill: Drill, memory: int | None, region: str | None) -> str:
             *([f"`{drill.crashkernel}`"] if drill.crashkernel != region else []),
             *(["all CPUs in K2"] if drill.all_cpus else []),
             *([f"`capture` {drill.capture}"] if drill.capture is not None else []),
-            *(["no quarantine"] if drill.options.get("no-quarantine") else []),
+            *([f"`{more}`"] if (more := further_options(drill)) else []),
         ]
     )
 

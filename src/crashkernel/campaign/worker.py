@@ -242,8 +242,8 @@ def _failure(record: Mapping[str, Any]) -> tuple[str, str]:
         return stage, _line(str(failure["message"]).removeprefix(f"{stage}: "))
     wrong = [f"{record[name]:,} bytes {what}" for name, what in _WRONG.items() if record[name]]
     marks = [f"{what} not as in K1" for name, what in _MARKS.items() if not record[name]]
-    told = [str(fault["told"]) for fault in record.get("faults", ()) if fault["told"]]
-    return VERIFY.name, _line([*map(str, record["problems"]), *wrong, *told, *marks, "it does not say why"][0])
+    unseen = [f"fault {fault['word']} was not seen to act" for fault in record.get("faults", ()) if not fault["told"]]
+    return VERIFY.name, _line([*map(str, record["problems"]), *wrong, *marks, *unseen, "it does not say why"][0])
 
 
 def _line(text: str) -> str:

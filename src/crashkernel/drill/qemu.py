@@ -361,7 +361,7 @@ class RunningTwin:
     async def whereabouts(self) -> str:
         """Where each CPU is, for people, as far as QEMU answers."""
         places = []
-        with contextlib.suppress(QMPError, EnvironmentFault):
+        with contextlib.suppress(EOFError, EnvironmentFault):
             places = [f"CPU {number} is at {nip:#x}" for number, (nip, _) in enumerate(await self._standing())]
         return ", ".join(places) or "QEMU does not say where its CPUs are"
 
@@ -441,7 +441,14 @@ class RunningTwin:
         await self.process.wait()
 
     async def _command(self, name: str, arguments: dict[str, object] | None = None) -> list[object]:
-        return await self._qmp.execute(name, arguments)  # type: ignore[return-value]
+        """Ask QEMU's monitor.
+
+        :raise EOFError: it refused, or is gone.
+        """
+        try:
+            return await self._qmp.execute(name, arguments)  # type: ignore[return-value]
+        except QMPError as error:
+            raise EOFError(f"QEMU did not do {name}: {error}") from error
 
     async def _read_console(self, reader: asyncio.StreamReader) -> None:
         with self._log.open("wb") as log, contextlib.suppress(ConnectionError):

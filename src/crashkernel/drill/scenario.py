@@ -294,7 +294,7 @@ async def _hand_over(outcome: Outcome, drill: Running, debugger: Debugger, crash
         await debugger.detach()
     async with clock.stage(BOOT_K2, machine), signs_of_life(machine, plan, patience):
         await first_words(machine, plan)
-        require_cpus(await expect(machine, "k2-cpus"), outcome.scenario.request, crashed_cpu)
+        require_cpus(await expect(machine, "k2-cpus"), crashed_cpu, plan.slaves + 1 if drill.request.all_cpus else None)
         await expect(machine, "k2-up")
     async with clock.stage(CAPTURE, machine) as note, signs_of_life(machine, plan, patience):
         size = int(await expect(machine, "vmcore"))
@@ -312,14 +312,16 @@ async def _hand_over(outcome: Outcome, drill: Running, debugger: Debugger, crash
     return size
 
 
-def require_cpus(online: str, request: DrillRequest, crashed_cpu: int) -> None:
+def require_cpus(online: str, crashed_cpu: int, all_cpus: int | None) -> None:
     """See that K2 runs on the CPUs that it was told to use; `online` is its kernel's list, in numbers that are K1's too.
+
+    `all_cpus` is how many there are if it was told to use all, None if it was told to use one.
 
     :raise GuestSaidNo: on others.
     """
     cpus = cpu_list(online)
-    if request.all_cpus:
-        wanted, good = f"all {request.smp}", len(cpus) == request.smp
+    if all_cpus is not None:
+        wanted, good = f"all {all_cpus}", len(cpus) == all_cpus
     else:
         # With maxcpus=1, kernels since 6.5 start CPU 0 beside the one that they boot on, which is the one that crashed
         # (cpuhp_bringup_mask, kernel/cpu.c, counts from CPU 0 whether or not it runs already).

@@ -483,8 +483,8 @@ _TOLD_APART = {
 }
 
 
-def _other(drill: Drill) -> str:
-    """Options that no axis is for."""
+def further_options(drill: Drill) -> str:
+    """Options that have no place of their own in a table."""
     return " ".join(
         name if value is True else f"{name}={value}" for name, value in drill.options.items() if name not in _TOLD_APART
     )
@@ -502,7 +502,7 @@ _AXES: dict[str, Callable[[Drill], str]] = {
     "memory": lambda drill: format_size(drill.memory),
     "crashkernel=": lambda drill: drill.crashkernel,
     "saved by": lambda drill: "copying" if drill.capture is None else f"capture {drill.capture}",
-    "options": _other,
+    "options": further_options,
 }
 _MACHINE = ("machine", "CPU", "MMU", "CPUs K1, K2")
 ELSE = "else"

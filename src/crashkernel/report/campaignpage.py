@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from crashkernel.report.campaign import Campaign, Cell, Drill, Failures, Spread, Table
     from crashkernel.report.svg import Moment
 
+_BEFORE = ("packages", "wait", "K1 boot", "load", "fault")
 _AFTER = ("K2 boot", "capture", "verify")
-"""Stages of a drill at which K2 runs, or has run."""
+"""Stages of a drill at which K1 still lives, and at which K2 runs or has run."""
 
 _LINES, _LEAST_LINES, _ALL_LINES = 40, 8, 2400
 """Of a console: so many at most, so many in any case, and so many of all consoles together."""
@@ -359,7 +360,8 @@ class _Page:
         evidence, result = self._campaign.evidence[drill.number], drill.result
         assert result is not None, "evidence is that of a result"
         after = result.stage in _AFTER
-        parts = ["<h4>Memory " + ("with K2 running" if after else "when K1 died") + "</h4>"]
+        when = "with K2 running" if after else "as loaded" if result.stage in _BEFORE else "when K1 died"
+        parts = [f"<h4>Memory {when}</h4>"]
         wrong = RangeSet(where for where, _ in evidence.wrong)
         if evidence.wrong:
             parts.append("<ul>")

@@ -47,9 +47,12 @@ def read_campaign(path: Path) -> Campaign:
     :raise FormatError: it is no campaign's database, or one of another version, or damaged.
     :raise EnvironmentFault: it cannot be read now.
     """
-    if not path.is_file():
+    try:
+        there, source, place = path.is_file(), str(path), path.resolve()
+    except (OSError, RuntimeError) as error:  # a directory that one may not enter; a loop of links
+        raise EnvironmentFault(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    if not there:
         raise UsageError(f"cannot read {path}: no such file", hint="give the database of `crashkernel campaign run`")
-    source, place = str(path), path.resolve()
     # SQLite makes files beside a database in WAL mode even to read it. Where it may not, and no driver has, nobody writes.
     written = os.access(place.parent, os.W_OK, effective_ids=True) or place.with_name(f"{place.name}-wal").exists()
     uri = f"{place.as_uri()}?{'mode=ro' if written else 'immutable=1'}"

@@ -264,7 +264,7 @@ class Nmi(Fault):
             await _line_of_purgatory(machine, " ok")
             await machine.inject_nmi()
             self.told = await _line_of_purgatory(machine, _SYSTEM_RESET)
-            if drill.request.on_damage != "halt":
+            if drill.request.on_damage == "reboot":  # in all other cases it halts there
                 await machine.process.wait()
         return True
 
@@ -289,6 +289,7 @@ class MemoryPressure(Fault):
     kind = "crash"
     summary = "K1 crashes with no memory left, its out-of-memory killer at work"
 
+    _seen = ""
     _LEFT = 24 << 10  # KiB
     _HOGS = 3  # while one is killed, the others go on
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, get_args
 
 from crashkernel.drill.dma import REGIONS, WHENS, Dma, DmaReport, RogueDevice, choose_targets, driver_command
-from crashkernel.drill.faults.base import Fault
+from crashkernel.drill.faults.base import Fault, console_text
 from crashkernel.drill.ram import flip_bit, places
 from crashkernel.drill.stages import (
     BOOT_K2,
@@ -28,14 +30,19 @@ from crashkernel.placement.plan import SegmentContent
 from crashkernel.purgatory import PARAMETERS_OFFSET, STATE_OFFSET
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from crashkernel.drill.faults.base import Ending, Running
     from crashkernel.drill.guest import Driver
     from crashkernel.drill.qemu import Debugger, RunningTwin
     from crashkernel.drill.request import DrillRequest
     from crashkernel.drill.verdict import Truth
-    from crashkernel.placement.plan import LoadPlan
+    from crashkernel.placement.plan import DamagePolicy, LoadPlan
 
 _CONTENTS: tuple[SegmentContent, ...] = get_args(SegmentContent)
+_THEN: Mapping[DamagePolicy, str] = {"reboot": ", rebooting", "halt": ", halted", "continue": ", going on as told"}
+"""How the purgatory's line on damage ends (purgatory.S)."""
+_A_WHILE = 2.0  # seconds in which a purgatory that says that it halts, and does not, would enter K2
 
 
 class Flip(Fault):
@@ -91,21 +98,32 @@ class Flip(Fault):
             note(f"bit {bit} flipped at {at:#x}")
             machine.spoke.clear()
             await debugger.detach()
-            self.told = await self._words(machine)
-            if drill.request.on_damage == "reboot":
-                await machine.process.wait()  # the twin ends where a machine would reboot
+            told = await self._words(machine, drill.request.on_damage)
+            match drill.request.on_damage:
+                case "reboot":
+                    await machine.process.wait()  # the twin ends where a machine would reboot
+                case "halt":
+                    await asyncio.sleep(_A_WHILE)
+            if drill.request.on_damage != "continue":
+                self._require_no_k2(machine)
+            self.told = told
         return True
 
-    async def _words(self, machine: RunningTwin) -> str:
+    async def _words(self, machine: RunningTwin, policy: DamagePolicy) -> str:
+        wanted = re.compile(rf"(: {self.content}|the {self.content} itself is) DAMAGED{_THEN[policy]}$")
         while True:
             await machine.spoke.wait()
             machine.spoke.clear()
-            lines = purgatory_lines(machine.console)
-            for line in lines:
-                if "DAMAGED" in line and self.content in line:
+            for line in purgatory_lines(machine.console):
+                if wanted.search(line):
                     return line
-            if lines and "enter K2" in lines[-1]:
-                raise GuestSaidNo(f"a bit of the {self.content} was flipped, and K2 was entered")
+            self._require_no_k2(machine)
+
+    def _require_no_k2(self, machine: RunningTwin) -> None:
+        # all of the console: of its last lines alone K2 would have made other ones by now
+        console = console_text(machine.wiring.directory / "console.log")
+        if any("enter K2" in line for line in purgatory_lines(console.splitlines())):
+            raise GuestSaidNo(f"a bit of the {self.content} was flipped, and K2 was entered")
 
 
 class RogueDma(Fault):
