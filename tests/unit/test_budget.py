@@ -1,5 +1,6 @@
 """The host's ledger of drills: nobody takes more than there is, first come, first served, and the dead take nothing."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -197,6 +198,52 @@ def test_leftovers_are_removed_and_the_living_are_not(place):
         remove_leftovers()
         assert not left.exists()
     assert not mine.exists()
+
+
+@contextlib.contextmanager
+def user(number):
+    """As another user: no privilege is left, and files are that user's."""
+    os.seteuid(number)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes two users in turn, which root alone may")
+def test_the_killed_drill_of_one_user_keeps_no_other_out(place):
+    place.chmod(0o1777)
+    with user(1001), working_directory(Share(1, MIB)):
+        (entry,) = budget.LEDGER.iterdir()
+        assert (entry.stat().st_uid, budget.LEDGER.stat().st_mode & 0o7777) == (1001, 0o1777)
+        left = entry.read_bytes()
+    entry.write_bytes(left)
+    os.chown(entry, 1001, 1001)  # as a kill leaves it: under no lock
+    with user(1002):
+        with working_directory(Share(2, MIB)), working_directory(Share(0, MIB)):
+            assert [each.number for each in ledger()] == [2, 3]
+        assert ledger() == []
+        assert entry.exists()
+    with user(1001):
+        assert ledger() == []
+        assert not entry.exists()
+
+
+def test_what_cannot_be_removed_from_the_ledger_keeps_its_number(place):
+    (place / "ledger" / "00000007").mkdir(parents=True)
+    (place / "ledger" / "0x").touch()
+    with working_directory(Share(1, MIB)):
+        assert [each.number for each in ledger()] == [8]
+
+
+def test_every_user_can_read_an_entry_whatever_the_umask(place):
+    before = os.umask(0o077)
+    try:
+        with working_directory(Share(1, MIB)):
+            (entry,) = budget.LEDGER.iterdir()
+            assert entry.stat().st_mode & 0o777 == 0o644
+    finally:
+        os.umask(before)
 
 
 def test_a_path_that_qemu_cannot_use_is_refused(tmp_path, monkeypatch):

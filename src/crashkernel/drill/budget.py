@@ -114,6 +114,7 @@ def remove_leftovers() -> None:
                 shutil.rmtree(path.parent, ignore_errors=True)
 
 
+_NUMBER = re.compile("[0-9]{8,}")
 _WORK = "crashkernel-drill-"
 _LOCK = "lock"
 _LONGEST_SOCKET_PATH = 107  # sun_path, include/uapi/linux/un.h
@@ -169,11 +170,13 @@ class _OwnEntry:
 def _entered(share: Share) -> Iterator[_OwnEntry]:
     with contextlib.ExitStack() as stack:
         with _guarded():
-            number = max((entry.number for entry in _read()), default=0) + 1
+            _read()  # for the dead that may be removed; of another user's the file stays, and its number is taken
+            number = max((int(path.name) for path in LEDGER.iterdir() if _NUMBER.fullmatch(path.name)), default=0) + 1
             path = LEDGER / f"{number:08}"
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
             stack.callback(os.close, descriptor)
             stack.callback(path.unlink, missing_ok=True)
+            os.fchmod(descriptor, 0o644)  # whatever the umask: who cannot read it would take what this drill has
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             entry = _OwnEntry(number, share, descriptor)
         yield entry
@@ -255,9 +258,9 @@ def _guarded() -> Iterator[None]:
 
 
 def _read() -> list[Entry]:
-    """With the ledger guarded: its entries. Those of the dead are removed."""
+    """With the ledger guarded: its entries. Those of the dead are removed, but for other users' (the directory is sticky)."""
     entries = []
-    for path in sorted(LEDGER.glob("[0-9]*")):
+    for path in sorted(path for path in LEDGER.iterdir() if _NUMBER.fullmatch(path.name)):
         with contextlib.suppress(OSError), path.open("rb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
