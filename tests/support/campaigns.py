@@ -90,6 +90,7 @@ SIZED = {
     "command": "crashkernel drill --placement=zero --crashkernel=112M --capture=31",
     "found": 112 << 20,
     "passed": 4,
+    "drills": 5,
     "failed": 108 << 20,
     "margin": 25,
     "recommended": 144 << 20,

@@ -287,7 +287,7 @@ class TestSameFiguresEverywhere:
         (size,) = campaign.sizes
         assert size.facts == [
             "recommended: crashkernel=144M",
-            "112 MiB was enough, 4 times of 4; 108 MiB was not",
+            "112 MiB was enough, 4 times of 5; 108 MiB was not",
         ]
         assert dict(size.bars) == {
             "found": 112 << 20,

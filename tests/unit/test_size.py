@@ -85,7 +85,7 @@ def test_a_failed_repetition_moves_up_and_begins_to_count_anew():
     assert (found.found, found.failed, found.passed) == (104 * MIB, 100 * MIB, 4)
 
 
-def test_an_unclear_failure_is_drilled_again_and_the_second_drill_counts():
+def test_one_unclear_failure_of_a_size_is_drilled_again_and_the_second_drill_counts():
     twin = Twin(100 * MIB, findings={100 * MIB: ["unclear", "passed"]})
     found = find_smallest(twin, 128 * MIB, CEILING, STEP)
     assert (found.found, found.passed, len(found.at_found)) == (100 * MIB, 4, 5)
@@ -93,6 +93,29 @@ def test_an_unclear_failure_is_drilled_again_and_the_second_drill_counts():
     twin = Twin(100 * MIB, findings={100 * MIB: ["unclear", "unclear"]})
     found = find_smallest(twin, 128 * MIB, CEILING, STEP)
     assert (found.found, found.failed) == (104 * MIB, 100 * MIB)
+
+
+@pytest.mark.parametrize(
+    ("findings", "found", "drills"),
+    [
+        (["passed", "unclear", "passed", "passed", "passed"], 100, 5),
+        (["unclear", "passed", "unclear"], 104, 4),
+        (["passed", "passed", "unclear", "passed", "unclear"], 104, 4),
+        (["passed", "unclear", "too small"], 104, 4),
+    ],
+)
+def test_a_second_failure_while_a_size_is_confirmed_ends_it_clear_or_not(findings, found, drills):
+    search = find_smallest(Twin(100 * MIB, findings={100 * MIB: findings}), 128 * MIB, CEILING, STEP)
+    assert (search.found, search.passed, len(search.at_found)) == (found * MIB, 4, drills)
+    assert search.failed == (found - 4) * MIB
+
+
+def test_a_size_that_fails_every_other_time_is_never_found():
+    """As a K2 does that hangs half the time: unclear, passed, unclear, passed."""
+    twin = Twin(100 * MIB, findings={size * MIB: ["unclear", "passed"] * 20 for size in range(100, 140, 4)})
+    search = find_smallest(twin, 128 * MIB, CEILING, STEP)
+    assert search.found == 140 * MIB
+    assert search.passed == len(search.at_found) == 4
 
 
 def test_where_no_size_is_enough_the_last_reason_is_told():

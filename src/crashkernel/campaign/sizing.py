@@ -94,7 +94,10 @@ Probe = Callable[[int], Trial]
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """What a search came to. `found` passed each time, `failed` is the largest size that did not; 0: none was seen to fail."""
+    """What a search came to. `found` passed each time, but for one drill at the most that was unclear.
+
+    `failed` is the largest size that did not; 0: none was seen to fail.
+    """
 
     found: int
     failed: int
@@ -102,7 +105,7 @@ class Search:
 
     @property
     def at_found(self) -> list[Trial]:
-        """The drills at the size that was found. One that was unclear, and then passed, is among them."""
+        """The drills at the size that was found. The one that was unclear, if one was, is among them."""
         return [trial for trial in self.trials if trial.size == self.found]
 
     @property
@@ -125,10 +128,10 @@ def find_smallest(
     confirmations: int = CONFIRMATIONS,
     tell: Callable[[Trial, int], None] = lambda _trial, _left: None,
 ) -> Search:
-    """The smallest multiple of `step` at which all of 1 + `confirmations` drills pass, and above which none was seen to fail.
+    """The smallest multiple of `step` at which 1 + `confirmations` drills pass and none fails, as none was seen to above it.
 
-    It begins at `start`; `tell` hears of each drill, and about how many are still to come. A drill that is unclear is done
-    again, and the second one counts.
+    It begins at `start`; `tell` hears of each drill, and about how many are still to come. Of all drills at one size a single
+    unclear one is done again, and the second one counts; another unclear one counts as failed.
 
     :raise VerificationError: not even `ceiling` bytes were enough.
     """
@@ -144,6 +147,7 @@ class _Searcher:
         self._needed = 1 + confirmations
         self._trials: list[Trial] = []
         self._passed: Counter[int] = Counter()
+        self._unclear: set[int] = set()  # sizes at which one drill was, which is excused
         self._low = 0  # the largest size that failed; none does with nothing
         self._high = 0  # the smallest that passed above it; 0: not known
 
@@ -181,19 +185,20 @@ class _Searcher:
 
     def _take(self, size: int) -> bool:
         """Drill at `size`, and note what that says."""
-        for _ in range(2):
+        while True:
             trial = self._probe(size)
             self._trials.append(trial)
+            excused = trial.finding == "unclear" and size not in self._unclear
             if trial.passed:
                 self._passed[size] += 1
                 self._high = size
-            elif trial.finding == "too small":
+            elif excused:
+                self._unclear.add(size)
+            else:
                 self._low = size
             self._tell(trial, self._left())
-            if trial.finding != "unclear":
+            if not excused:
                 return trial.passed
-        self._low = size
-        return False
 
     def _left(self) -> int:
         if not self._high:

@@ -122,7 +122,8 @@ class Size:
     found: int
     recommended: int | None
     failed: int | None  # the largest that did not do, 0 if none was seen to fail
-    passed: int | None  # drills with what was found, each of which passed
+    passed: int | None  # drills with what was found that passed
+    drills: int | None  # all with what was found: one of them may have failed without a word of memory
     compared: tuple[tuple[str, int], ...]  # what others say, by name
     peaks: tuple[tuple[str, tuple[tuple[str, int], ...]], ...]  # when K2 had least, and what took its memory then
     result: Mapping[str, Any]  # all that `crashkernel size` said
@@ -132,7 +133,7 @@ class Size:
         """What was found, one line each."""
         found = f"{format_size(self.found)} was enough"
         if self.passed:
-            found += f", {self.passed} times of {self.passed}"
+            found += f", {self.passed} times of {self.drills}" if self.drills else f", {self.passed} times"
         if self.failed is not None:
             found += f"; {format_size(self.failed)} was not" if self.failed else "; nothing smaller was seen to fail"
         return [*([f"recommended: crashkernel={self.recommended >> 20}M"] if self.recommended else []), found]

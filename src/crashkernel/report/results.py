@@ -202,6 +202,7 @@ class _Reader:
             recommended=None if row["recommended"] is None else row.whole("recommended"),
             failed=_count(result.get("failed")),
             passed=_count(result.get("passed")),
+            drills=_count(result.get("drills")),
             compared=tuple((name, size) for name, said in others if (size := _count(said)) is not None),
             peaks=tuple(
                 (peak, tuple((name, size) for name, said in table.items() if (size := _count(said))))
