@@ -1,5 +1,6 @@
 """`crashkernel size` as a command, its drills played by a program that knows a border."""
 
+import contextlib
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -16,9 +18,11 @@ import pytest
 from crashkernel import cli
 from crashkernel.campaign import sizing, worker
 from crashkernel.cli import size as command
+from crashkernel.cli.display import require_writable
 from crashkernel.drill.request import DrillRequest, Supplies
+from crashkernel.errors import UsageError
 from crashkernel.placement.sizing import Initrd
-from support.campaigns import write_campaign
+from support.campaigns import alter, write_campaign
 
 MIB = 1 << 20
 DRILLS = Path(__file__).parents[1] / "data" / "drills.json"
@@ -40,7 +44,9 @@ left = max(0, size - border)
 table = {"K2's image": (size - left) << 20, "free": left << 20}
 peaks = {"peak": "saving", "unpacking": table, "saving": table}
 record["accounting"] = {"reservation": size << 20, "page_size": 65536, "spare": left << 20, **peaks} if passed else None
-if os.environ.get("WRONG"):
+if os.environ.get("WRONG") in ("1", options["placement"]):
+    while not all(os.path.exists(name) for name in os.environ.get("AFTER", "").split()):
+        time.sleep(0.05)
     record["verdict"], record["failure"], record["bytes_wrong"] = "FAIL", None, 64
 elif not passed:
     record["failure"] = {"stage": "K2 boot", "message": "K2 boot: Kernel panic: Out of memory", "likely": "", "console": []}
@@ -124,6 +130,82 @@ def test_a_wrong_dump_ends_it_and_is_no_size(played, monkeypatch, capfd):
     captured = capfd.readouterr()
     assert "crashkernel: the dump is wrong, which is no matter of memory: 64 bytes are wrong" in captured.err
     assert "crashkernel=" not in captured.out
+
+
+@pytest.fixture
+def unprivileged():
+    """A directory, and how to be somebody in it who may only do what its mode says: root is nobody meanwhile."""
+    with tempfile.TemporaryDirectory() as shared:  # not pytest's own, which is closed to all others
+        directory, root = Path(shared), os.geteuid() == 0
+
+        @contextlib.contextmanager
+        def entered(mode):
+            directory.chmod(mode)
+            if root:
+                os.seteuid(65534)
+            try:
+                yield
+            finally:
+                if root:
+                    os.seteuid(0)
+                directory.chmod(0o755)
+
+        yield directory, entered
+
+
+def test_a_database_that_may_only_be_read_is_refused_before_the_drills(unprivileged):
+    directory, entered = unprivileged
+    database = write_campaign(directory / "night.sqlite", [])
+    sizing.require_database(database)
+    database.chmod(0o444)
+    with entered(0o777), pytest.raises(UsageError, match=r"cannot write .*night.sqlite: attempt to write a readonly database"):
+        sizing.require_database(database)
+
+
+def test_a_directory_that_may_not_be_written_to_is_refused_before_the_drills(unprivileged, tmp_path):
+    directory, entered = unprivileged
+    require_writable(directory / "new.json")
+    with (
+        entered(0o555),
+        pytest.raises(UsageError, match=r"cannot write .*new.json \(give the name of a file in a directory that"),
+    ):
+        require_writable(directory / "new.json")
+    with pytest.raises(UsageError, match="cannot write"):
+        require_writable(tmp_path)
+    require_writable(Path("/dev/null"))
+
+
+def test_what_cannot_be_stored_is_told_all_the_same(played, tmp_path, monkeypatch, capfd):
+    database = write_campaign(tmp_path / "night.sqlite", [])
+    monkeypatch.setattr(sizing, "require_database", lambda _path: None)
+    alter(database, "DROP TABLE size")
+    assert cli.main(["size", "--into", str(database), "--json", str(tmp_path / "found.json")]) == 2
+    captured = capfd.readouterr()
+    assert "\ncrashkernel=160M\n" in captured.out
+    assert captured.err.startswith(f"crashkernel: cannot write {database}: ")
+    assert len(json.loads((tmp_path / "found.json").read_text())["sizes"]) == 2
+
+
+def test_what_one_search_found_is_told_and_kept_when_another_fails(played, tmp_path, monkeypatch, capfd):
+    database = write_campaign(tmp_path / "night.sqlite", [])
+    monkeypatch.setenv("WRONG", "reserved")
+    monkeypatch.setenv("AFTER", str(tmp_path / "found"))
+    search = sizing.find_smallest
+
+    def watched(*arguments):
+        found = search(*arguments)
+        (tmp_path / "found").touch()
+        return found
+
+    monkeypatch.setattr(sizing, "find_smallest", watched)
+    assert cli.main(["size", "--into", str(database), "--json", str(tmp_path / "found.json")]) == 1
+    captured = capfd.readouterr()
+    assert "\ncrashkernel=128M\n  no answer for reserved: that search did not come to its end\n  zero: 100M was" in captured.out
+    assert captured.err.startswith("crashkernel: the dump is wrong, which is no matter of memory")
+    (found,) = json.loads((tmp_path / "found.json").read_text())["sizes"]
+    assert found["placement"] == "zero"
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        assert connection.execute("SELECT found FROM size").fetchall() == [(100 * MIB,)]
 
 
 def test_where_nothing_is_enough_it_says_so(played, monkeypatch, capfd):

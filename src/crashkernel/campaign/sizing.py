@@ -43,7 +43,7 @@ from crashkernel.placement.sizing import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from crashkernel.campaign.store import Result
     from crashkernel.drill.request import DrillRequest, Supplies
@@ -437,7 +437,9 @@ def require_database(path: Path) -> None:
 
     :raise UsageError: it cannot be opened, or is no campaign's.
     """
-    connect(path, write=True).close()
+    with _written(path) as connection:
+        # SQLite opens a file that it may not write for reading, and lets a transaction begin: only a change is refused.
+        connection.execute("DELETE FROM size WHERE false")
 
 
 def keep_sizes(path: Path, found: Iterable[Sized]) -> None:
@@ -456,8 +458,14 @@ def keep_sizes(path: Path, found: Iterable[Sized]) -> None:
         )
         for sized in found
     ]
+    with _written(path) as connection, connection:
+        connection.executemany("INSERT INTO size VALUES (?, ?, ?, ?, ?, ?)", rows)
+
+
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[sqlite3.Connection]:
     try:
-        with contextlib.closing(connect(path, write=True)) as connection, connection:
-            connection.executemany("INSERT INTO size VALUES (?, ?, ?, ?, ?, ?)", rows)
+        with contextlib.closing(connect(path, write=True)) as connection:
+            yield connection
     except sqlite3.Error as error:
         raise UsageError(f"cannot write {path}: {error}", hint="--json keeps the figures without a database") from error

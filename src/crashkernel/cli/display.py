@@ -42,8 +42,14 @@ def require_extra(*names: str) -> None:
 
 def require_writable(path: Path) -> None:
     """Refuse a path for results that cannot be written: before the drill, not after it."""
-    if not path.absolute().parent.is_dir() or path.is_dir():
-        raise UsageError(f"cannot write {path}", hint="give the name of a file in an existing directory")
+    try:
+        replaced = path.is_file() or not path.exists()  # all others, such as a pipe, are written to
+        target = path.resolve().parent if replaced else path
+        good = os.access(target, os.W_OK, effective_ids=True) and not path.is_dir()
+    except (OSError, RuntimeError):  # a directory that one may not enter; a loop of links
+        good = False
+    if not good:
+        raise UsageError(f"cannot write {path}", hint="give the name of a file in a directory that you may write to")
 
 
 @contextlib.contextmanager

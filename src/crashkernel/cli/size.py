@@ -17,7 +17,7 @@ from crashkernel.cli.twin import add_machine
 from crashkernel.drill.accounting import FREE, PEAKS
 from crashkernel.drill.request import DEFAULT_KERNEL, DrillRequest, fetch
 from crashkernel.drill.saving import CODECS, DESTINATIONS, MAX_LEVEL
-from crashkernel.errors import UsageError
+from crashkernel.errors import CrashkernelError, UsageError
 from crashkernel.memory import format_size
 from crashkernel.placement.plan import PLACEMENTS
 from crashkernel.report.terminal import visible
@@ -45,6 +45,9 @@ reservation with which it is, and repeats that; what it recommends has a margin 
 What is simulated: this kernel, the memory that the initrd takes packed and unpacked, the CPUs, the placement, and
 `crashkernel capture` or a raw copy. What is not: the drivers and programs of your --initrd, which are unpacked and not
 run; adapters of real machines take tens of MiB each. The drill's own initrd is not compressed.
+
+The answer is printed first, then written to --json and --into. If one placement's search fails or is interrupted, what
+the other's has found by then is told and kept all the same.
 
 exit status: 0 found, 1 none was, or a dump was wrong for another reason, 2 usage, 3 this machine lacks something
 """
@@ -92,7 +95,7 @@ def _number(text: str) -> int:
 def _size(arguments: argparse.Namespace) -> int:
     require_extra("numpy", "qemu", "rich")
     requests = _requests(arguments)
-    from crashkernel.campaign.sizing import keep_sizes, require_database  # noqa: PLC0415
+    from crashkernel.campaign.sizing import require_database  # noqa: PLC0415
 
     if arguments.into is not None:
         require_database(arguments.into)
@@ -100,19 +103,41 @@ def _size(arguments: argparse.Namespace) -> int:
     if arguments.json is not None and not to_stdout:
         require_writable(arguments.json)
     progress = _Progress(to_stderr=to_stdout)
-    with terminable():
-        found = _search(requests, arguments, progress)
-    if arguments.into is not None:
-        keep_sizes(arguments.into, found)
-    if arguments.json is not None:
-        text = json.dumps({"sizes": [sized.record() for sized in found]}, indent=1)
-        if to_stdout:
-            print(text)
-        else:
-            write(arguments.json, text + "\n", "--json")
-    for line in _report(found):
-        progress.line(*line)
+    found: list[Sized] = []
+    wanted = [request.placement for request in requests]
+    try:
+        with terminable():
+            _search(requests, arguments, progress, found)
+    except BaseException:
+        if found:
+            try:
+                _tell(found, wanted, arguments, progress)
+            except CrashkernelError as error:  # not what ended the search
+                progress.line(f"  {error}", "bold red")
+        raise
+    _tell(found, wanted, arguments, progress)
     return 0
+
+
+def _tell(found: Sequence[Sized], wanted: Sequence[str], arguments: argparse.Namespace, progress: _Progress) -> None:
+    """The answer in each form: first what cannot fail, and the database even if the file could not be written.
+
+    :raise UsageError: one of them could not be written.
+    """
+    from crashkernel.campaign.sizing import keep_sizes  # noqa: PLC0415
+
+    for line in _report(found, wanted):
+        progress.line(*line)
+    try:
+        if arguments.json is not None:
+            text = json.dumps({"sizes": [sized.record() for sized in found]}, indent=1)
+            if str(arguments.json) == "-":
+                print(text)
+            else:
+                write(arguments.json, text + "\n", "--json")
+    finally:
+        if arguments.into is not None:
+            keep_sizes(arguments.into, found)
 
 
 def _requests(arguments: argparse.Namespace) -> list[DrillRequest]:
@@ -127,8 +152,11 @@ def _requests(arguments: argparse.Namespace) -> list[DrillRequest]:
     return [DrillRequest.from_options({**given, "placement": placement}) for placement in placements]
 
 
-def _search(requests: Sequence[DrillRequest], arguments: argparse.Namespace, progress: _Progress) -> list[Sized]:
-    """Each placement's search, all at a time: the host's ledger sees to it that no more run than there is room for."""
+def _search(requests: Sequence[DrillRequest], arguments: argparse.Namespace, progress: _Progress, found: list[Sized]) -> None:
+    """Each placement's search, all at a time: the host's ledger sees to it that no more run than there is room for.
+
+    `found` has each answer in the end, and if one search raises, the others' that there are by then.
+    """
     from crashkernel.campaign import worker  # noqa: PLC0415
     from crashkernel.campaign.sizing import size_reservation  # noqa: PLC0415
 
@@ -152,10 +180,15 @@ def _search(requests: Sequence[DrillRequest], arguments: argparse.Namespace, pro
         ]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            return [future.result() for future in futures if future in done]
+            for future in futures:
+                if future in done:
+                    future.result()
         except BaseException:
             worker.stop(run)
             raise
+        finally:
+            wait(futures)
+            found += [future.result() for future in futures if future.exception() is None]
 
 
 class _Progress(Display):
@@ -225,9 +258,11 @@ class _Listener:
         self.progress.ended(self.placement, trial, left)
 
 
-def _report(found: Sequence[Sized]) -> Iterator[tuple[str, str]]:
+def _report(found: Sequence[Sized], wanted: Sequence[str]) -> Iterator[tuple[str, str]]:
     """The answer, where the memory went, and what others say; each line with its style."""
     yield f"crashkernel={max(sized.recommended for sized in found) >> 20}M", "bold green"
+    if missing := set(wanted) - {sized.request.placement for sized in found}:
+        yield f"  no answer for {', '.join(sorted(missing))}: that search did not come to its end", "bold yellow"
     for sized in found:
         search = sized.search
         failed = f"{search.failed >> 20}M was not" if search.failed else "nothing smaller was seen to fail"
