@@ -199,6 +199,32 @@ def test_diff_fails_if_something_got_worse(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["changes"][0]["kind"] == "better"
 
 
+TWO = 'name = "t"\n[[matrix]]\nsmp = [1, 2]\n'
+ONE = 'name = "t"\n[[matrix]]\nsmp = [1]\n'
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "status", "said"),
+    [
+        ((TWO, {1: PASS, 2: PASS}), (TWO, {1: PASS}), 3, "1 of those that passed before has no result now"),
+        ((TWO, {1: PASS, 2: PASS}), (ONE, {1: PASS}), 3, "1 of those that passed before has no result now"),
+        ((TWO, {1: PASS, 2: PASS}), (TWO, {}), 3, "nothing could be compared: no drill has a result in both"),
+        ((TWO, {}), (TWO, {1: PASS, 2: PASS}), 3, "nothing could be compared: no drill has a result in both"),
+        ((TWO, {1: PASS, 2: PASS}), (TWO, {1: FAIL}), 1, "1 worse, 0 better, 1 otherwise changed"),
+        ((TWO, {1: PASS, 2: FAIL}), (ONE, {1: PASS}), 0, "1 gone, 1 the same"),
+        ((TWO, {1: PASS}), (TWO, {1: PASS, 2: FAIL}), 0, "0 worse, 0 better, 1 otherwise changed"),
+    ],
+)
+def test_diff_is_no_success_where_what_passed_has_no_result_now(tmp_path, capsys, before, after, status, said):
+    paths = [made(tmp_path / f"{name}.sqlite", *side) for name, side in (("a", before), ("b", after))]
+    assert main(["campaign", "diff", *map(str, paths)]) == status
+    assert said in capsys.readouterr().out
+    assert main(["campaign", "diff", *map(str, paths), "--json"]) == status
+    record = json.loads(capsys.readouterr().out)
+    assert (status == 3) == (record["compared"] == 0 or bool(record["lost"])) or status == 1
+    assert all(drill["verdict"] == "PASS" for drill in record["lost"])
+
+
 @pytest.mark.parametrize("words", [["show"], ["diff", "x.sqlite"], ["table"]])
 def test_a_database_that_is_not_there_is_told(tmp_path, monkeypatch, capsys, words):
     monkeypatch.chdir(tmp_path)

@@ -50,7 +50,19 @@ class Comparison:
     new: tuple[Drill, ...]  # only the second has them
     gone: tuple[Drill, ...]  # only the first
     same: int
+    compared: int  # drills that have a result in both
     stages: tuple[StageTimes, ...]
+
+    @property
+    def lost(self) -> list[Drill]:
+        """Those that passed in the first and have no result in the second: whether they got worse is not known."""
+        unknown = [*(change.before for change in self.changes if change.after.result is None), *self.gone]
+        return [drill for drill in unknown if drill.result is not None and drill.result.verdict == "PASS"]
+
+    @property
+    def exit_status(self) -> int:
+        """0 nothing got worse; 1 something did; 3 nothing is known to, but not all could be compared that passed before."""
+        return 1 if self.of("worse") else 3 if self.lost or not self.compared else 0
 
     def of(self, kind: Kind) -> list[Change]:
         """The changes of one kind."""
@@ -68,6 +80,7 @@ def compare_campaigns(before: Campaign, after: Campaign) -> Comparison:
         tuple(drill for drill in after.drills if id(drill) not in matched),
         tuple(drill for drill in before.drills if id(drill) not in matched),
         len(pairs) - len(changes),
+        sum(old.result is not None and new.result is not None for old, new in pairs),
         tuple(_stage_times(pairs)),
     )
 
@@ -138,6 +151,8 @@ def comparison_record(comparison: Comparison) -> dict[str, Any]:
         "new": [drill(each) for each in comparison.new],
         "gone": [drill(each) for each in comparison.gone],
         "same": comparison.same,
+        "compared": comparison.compared,
+        "lost": [drill(each) for each in comparison.lost],
         "stages": [
             {"name": s.name, "before": s.before, "after": s.after, "ratio": round(s.ratio, 3), "drills": s.drills}
             for s in comparison.stages

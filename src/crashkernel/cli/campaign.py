@@ -30,12 +30,14 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.table import Table
 
+    from crashkernel.campaign.comparison import Kind
     from crashkernel.campaign.file import Campaign
     from crashkernel.campaign.run import Settings
     from crashkernel.campaign.store import Result, StoredDrill
     from crashkernel.report.campaign import Campaign as Results
     from crashkernel.report.campaign import Drill
 
+_CHANGES: dict[Kind, str] = {"worse": "worse", "better": "better", "changed": "otherwise changed"}
 _COLOURS = {"PASS": "bold green", "FAIL": "bold red", "ERROR": "bold magenta"}
 
 _CONSOLE_LINES = 40
@@ -71,9 +73,10 @@ exit status: 0 every drill came out as expected, 1 one did not, 2 usage, 3 one c
 _DIFF_EPILOG = """example:
   crashkernel campaign diff before.sqlite after.sqlite
 
-Drills are the same if their options and repeats are. Worse is what passed and does not now.
+Drills are the same if their options and repeats are. Worse is what passed and does not now. What passed and has no result
+now, or is gone, says nothing: neither does a comparison in which no drill has a result in both.
 
-exit status: 0 nothing got worse, 1 something did, 2 usage
+exit status: 0 nothing got worse, 1 something did, 2 usage, 3 what passed has no result now, or nothing could be compared
 """
 
 _TABLE_EPILOG = """examples:
@@ -277,10 +280,9 @@ def _diff(arguments: argparse.Namespace) -> int:
     from crashkernel.campaign.comparison import compare_campaigns, comparison_record  # noqa: PLC0415
 
     comparison = compare_campaigns(read_campaign(arguments.before), read_campaign(arguments.after))
-    worse = len(comparison.of("worse"))
     if arguments.json:
         print(json.dumps(comparison_record(comparison), indent=1))
-        return 1 if worse else 0
+        return comparison.exit_status
     console = _console()
     for change in comparison.changes:
         style = {"worse": "bold red", "better": "bold green", "changed": "bold yellow"}[change.kind]
@@ -294,16 +296,22 @@ def _diff(arguments: argparse.Namespace) -> int:
     for name, drills in (("new", comparison.new), ("gone", comparison.gone)):
         for drill in drills:
             console.print(f"{name:<8}{drill.result.verdict if drill.result else '-':<6}{visible(drill.title)}")
-    counts = [f"{worse} worse", f"{len(comparison.of('better'))} better", f"{len(comparison.of('changed'))} otherwise changed"]
+    counts = [f"{len(comparison.of(kind))} {word}" for kind, word in _CHANGES.items()]
     counts += [f"{len(comparison.new)} new", f"{len(comparison.gone)} gone", f"{comparison.same} the same"]
     console.print(", ".join(counts), style="bold")
+    if not comparison.compared:
+        console.print("nothing could be compared: no drill has a result in both", style="bold magenta")
+    elif lost := len(comparison.lost):
+        console.print(
+            f"{lost} of those that passed before {'has' if lost == 1 else 'have'} no result now", style="bold magenta"
+        )
     if comparison.stages:
         console.print(f"median seconds of {comparison.stages[-1].drills} drills that passed in both:")
         for stage in comparison.stages:
             console.print(
                 f"  {visible(stage.name):<12}{stage.before:7.1f}{stage.after:7.1f}  {stage.ratio:5.2f} times", markup=False
             )
-    return 1 if worse else 0
+    return comparison.exit_status
 
 
 def _table(arguments: argparse.Namespace) -> int:
