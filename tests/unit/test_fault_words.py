@@ -308,6 +308,7 @@ class TestFlipSeen:
             ("kernel", "halt", "crashkernel: 11/12 check 0x0-0x1000: kernel DAMAGED, halted"),
             ("initrd", "continue", "crashkernel: 8/12 check 0x0-0x1000: initrd DAMAGED, going on as told"),
             ("purgatory", "reboot", "crashkernel: the purgatory itself is DAMAGED, rebooting"),
+            ("purgatory", "continue", "crashkernel: the purgatory itself is DAMAGED, halted"),
         ],
     )
     def test_its_own(self, tmp_path, content, policy, line):
@@ -320,6 +321,7 @@ class TestFlipSeen:
             ("kernel", "reboot", "crashkernel: the purgatory itself is DAMAGED, rebooting"),
             ("kernel", "reboot", "crashkernel: 9/12 check 0x1000-0x2000: kernel DAMAGED, going on as told"),
             ("kernel", "halt", "crashkernel: 9/12 check 0x1000-0x2000: kernel ok"),
+            ("purgatory", "continue", "crashkernel: the purgatory itself is DAMAGED, going on as told"),
         ],
     )
     def test_no_other(self, tmp_path, content, policy, line):

@@ -99,18 +99,19 @@ class Flip(Fault):
             machine.spoke.clear()
             await debugger.detach()
             told = await self._words(machine, drill.request.on_damage)
-            match drill.request.on_damage:
-                case "reboot":
-                    await machine.process.wait()  # the twin ends where a machine would reboot
-                case "halt":
-                    await asyncio.sleep(_A_WHILE)
-            if drill.request.on_damage != "continue":
+            if told.endswith(_THEN["reboot"]):
+                await machine.process.wait()  # the twin ends where a machine would reboot
+            elif told.endswith(_THEN["halt"]):
+                await asyncio.sleep(_A_WHILE)
+            if not told.endswith(_THEN["continue"]):
                 self._require_no_k2(machine)
             self.told = told
         return True
 
     async def _words(self, machine: RunningTwin, policy: DamagePolicy) -> str:
-        wanted = re.compile(rf"(: {self.content}|the {self.content} itself is) DAMAGED{_THEN[policy]}$")
+        # a purgatory that is damaged itself never goes on, and the policy may be what is damaged
+        then = f"({_THEN['reboot']}|{_THEN['halt']})" if self.content == "purgatory" else _THEN[policy]
+        wanted = re.compile(rf"(: {self.content}|the {self.content} itself is) DAMAGED{then}$")
         while True:
             await machine.spoke.wait()
             machine.spoke.clear()
