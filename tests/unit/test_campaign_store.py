@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import fcntl
 import json
 import os
 import shlex
@@ -10,11 +11,12 @@ import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
 from crashkernel.campaign.file import parse_campaign
-from crashkernel.campaign.store import Result, Store, connect, read_evidence
+from crashkernel.campaign.store import Result, Store, _lock, connect, read_evidence
 from crashkernel.cli.twin import add_commands
 from crashkernel.drill.request import DrillRequest
 from crashkernel.errors import EnvironmentFault, FormatError, UsageError
@@ -178,6 +180,106 @@ def test_a_second_driver_is_refused(db):
         assert len(read_campaign(db).drills) == 4  # but anybody may read
     with opened(db):
         pass
+
+
+def test_no_link_and_no_lock_that_a_killed_driver_left_gets_a_second_one_in_or_keeps_the_first_out(db):
+    link = db.parent / "elsewhere"
+    link.mkdir()
+    link /= "link.sqlite"
+    with opened(db):
+        link.symlink_to(db)
+        with pytest.raises(EnvironmentFault, match=r"works on .*/link.sqlite"), opened(link):
+            pass
+        (lock,) = db.parent.glob(".*-lock")
+    assert not lock.exists()
+    lock.touch()
+    with opened(link), pytest.raises(EnvironmentFault, match="another `crashkernel campaign run` works on"), opened(db):
+        pass
+    assert not lock.exists()
+
+
+def test_a_lock_that_its_owner_has_removed_locks_nothing(tmp_path):
+    path = tmp_path / "lock"
+    with path.open("w") as before:
+        path.unlink()
+        assert not _lock(before.fileno(), path)
+        with path.open("w") as after:
+            assert not _lock(before.fileno(), path)
+            assert _lock(after.fileno(), path)
+
+
+def test_the_drivers_lock_is_not_on_the_database_itself(db):
+    """Over NFS a lock of flock(2) is one of fcntl(2), and those on the database are SQLite's own."""
+    with opened(db), db.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user, which root alone may")
+def test_a_database_that_may_only_be_read_is_refused_before_anything_runs(short_path):
+    db = short_path / "t.sqlite"
+    with opened(db):
+        pass
+    short_path.chmod(0o777)
+    db.chmod(0o444)
+    os.seteuid(1001)
+    try:
+        with pytest.raises(UsageError, match=r"cannot write .*t.sqlite: Permission denied \(choose another --db\)"), opened(db):
+            pass
+    finally:
+        os.seteuid(0)
+
+
+def fill_the_disk(store):
+    """No page more; and not even those that are free."""
+    (pages,) = store._connection.execute("PRAGMA page_count").fetchone()
+    store._connection.execute(f"PRAGMA max_page_count = {pages}")
+
+
+WRITES = {
+    "add": lambda store: store.add(1, replace(RESULT, console="x" * (1 << 20))),
+    "attempted": lambda store: store.attempted(1),
+    "begin_run": lambda store: store.begin_run(1, 1, ""),
+    "end_run": lambda store: store.end_run(1, 1.0, "done"),
+    "finish": lambda store: store.finish(),
+    "forget_errors": lambda store: store.forget_errors(),
+}
+
+
+def test_a_full_disk_is_told_and_what_was_written_stays(db):
+    with opened(db) as store:
+        store.add(2, RESULT)
+        fill_the_disk(store)
+        with pytest.raises(EnvironmentFault, match=r"is full \(free some room; the same command goes on\)"):
+            WRITES["add"](store)
+        assert [drill.number for drill in store.drills(pending=True)] == [1, 3, 4]
+    with opened(db) as store:
+        assert store.add(1, RESULT)
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_who_locks_the_database_for_long_is_complained_of(db, write):
+    with opened(db) as store, contextlib.closing(sqlite3.connect(db)) as other:
+        store._connection.execute("PRAGMA busy_timeout = 0")  # else it waits for half a minute
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(EnvironmentFault, match=r"is locked \(end what else writes to it; the same command goes on\)"):
+            write(store)
+        other.rollback()
+        write(store)
+
+
+def test_a_run_that_was_killed_is_told_from_one_that_is_still_at_it(db):
+    with opened(db) as store:
+        store.begin_run(1, 1, "")
+        store.end_run(store.begin_run(1, 1, ""), 1.0, "interrupted")
+        store.begin_run(1, 1, "")
+    assert rows(db, 'SELECT "end", ended, seconds FROM run')[0] == (None, None, None)
+    with opened(db) as store:
+        assert rows(db, 'SELECT "end", ended FROM run WHERE ended IS NULL') == [("killed", None)] * 2
+        assert rows(db, 'SELECT "end" FROM run WHERE number = 2') == [("interrupted",)]
+        assert rows(db, "SELECT state FROM campaign") == [("interrupted",)]
+        store.begin_run(1, 1, "")
+        assert rows(db, "SELECT state FROM campaign") == [("running",)]
+    assert [run.end for run in read_campaign(db).runs] == ["killed", "interrupted", "killed", ""]
 
 
 @pytest.mark.parametrize(

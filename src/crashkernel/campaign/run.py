@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 _MOST_DEATHS = 10  # of workers in one drill: that many are its own doing
 _TICK = 0.25  # seconds
+_FETCH = 10  # seconds for a result to come from the worker that has it
+_BAD_ENDS = ("error", "cancelled")  # of a future: there will be no result
 _LOOK = 1.0  # seconds between two looks at the workers
 _STOPPING = 30  # seconds for drills to end when the campaign is given up
 
@@ -94,13 +96,14 @@ def run_campaign(campaign: Campaign, db: Path, settings: Settings, observer: Obs
     """Drill what has no result yet; the results are in `db`.
 
     :raise UsageError: the database is another campaign's.
-    :raise EnvironmentFault: Dask, QEMU or the scheduler is missing, or another driver is at work.
+    :raise EnvironmentFault: Dask, QEMU or the scheduler is missing, another driver is at work, or the database's disk is full.
     """
     with Store.open(db, campaign, describe_host()) as store:
         if settings.retry_errors and (count := store.forget_errors()):
             observer.note(f"{count} that could not be run are tried again")
         pending = store.drills(pending=True)
         if not pending:
+            store.finish()
             return
         if not settings.scheduler:
             if not settings.program:
@@ -111,13 +114,14 @@ def run_campaign(campaign: Campaign, db: Path, settings: Settings, observer: Obs
             slots = workers.slots if settings.scheduler else settings.local_workers
             cpus = settings.cpus or (slots if settings.scheduler else limit().cpus)
             run = store.begin_run(slots, cpus, settings.scheduler)
-            end = False
             try:
                 observer.planned(pending, store.done(), slots)
                 _Driver(campaign, store, settings, observer, workers).work(pending)
-                end = True
-            finally:
-                store.end_run(run, time.monotonic() - start, "done" if end else "interrupted")
+            except BaseException:
+                with contextlib.suppress(CrashkernelError):  # the first fault is the one to tell
+                    store.end_run(run, time.monotonic() - start, "interrupted")
+                raise
+            store.end_run(run, time.monotonic() - start, "done")
         if not settings.scheduler:
             remove_leftovers()
 
@@ -172,6 +176,10 @@ class _Driver:
         # in the file's order
         future = self._client.submit(worker.run_on_worker, task, key=key, pure=False, priority=-drill.number)
         self._futures[drill.number] = future
+        self._watch(drill, future)
+
+    def _watch(self, drill: StoredDrill, future: Future[Result]) -> None:
+        """Have `_done` called, in this thread, when it has ended."""
         future.add_done_callback(lambda done: self._inbox.put(lambda: self._done(drill, done)))
 
     def _heard(self, event: dict[str, Any]) -> None:
@@ -185,22 +193,31 @@ class _Driver:
     def _done(self, drill: StoredDrill, future: Future[Result]) -> None:
         if self._futures.get(drill.number) is not future:
             return
+        result = _fetched(future)
+        if result is None and future.status not in _BAD_ENDS:
+            self._watch(drill, future)
+            return
         del self._futures[drill.number]
-        if future.status == "finished":
-            result = future.result()
-        elif future.status == "error":
-            error = future.exception()
-            if type(error).__name__ == "KilledWorker":
-                self._deaths[drill.number] += 1
-                if self._deaths[drill.number] < _MOST_DEATHS:
-                    self._send(drill)
-                    return
-            now = utc_now()
-            result = Result("ERROR", "worker", visible(f"{type(error).__name__}: {error}"), started=now, ended=now)
-        else:
+        result = result or self._failed(drill, future)
+        if result is not None:
+            self._store.add(drill.number, result)
+            self._observer.ended(drill, result)
+
+    def _failed(self, drill: StoredDrill, future: Future[Result]) -> Result | None:
+        """What to say of a drill that Dask has no result of; None if it was sent again.
+
+        :raise EnvironmentFault: Dask does not know it any more.
+        """
+        if future.status == "cancelled":
             raise EnvironmentFault("the scheduler dropped a drill", hint="is it still running? the same command goes on")
-        self._store.add(drill.number, result)
-        self._observer.ended(drill, result)
+        error = future.exception()
+        if type(error).__name__ == "KilledWorker":
+            self._deaths[drill.number] += 1
+            if self._deaths[drill.number] < _MOST_DEATHS:
+                self._send(drill)
+                return None
+        now = utc_now()
+        return Result("ERROR", "worker", visible(f"{type(error).__name__}: {error}"), started=now, ended=now)
 
     def _stop(self) -> None:
         """End the drills that run; what they did is dropped."""
@@ -212,6 +229,27 @@ class _Driver:
             self._client.run(worker.stop, self._run, on_error="ignore")
             queued = [future for future in futures if not future.done()]
             wait(queued, timeout=_STOPPING)
+
+
+def _fetched(future: Future[Result]) -> Result | None:
+    """The result; None if there is none, or none any more: when a worker dies with it, Dask has it drilled again.
+
+    That may want a worker that only the caller starts: it never waits for long.
+
+    :raise EnvironmentFault: the scheduler is gone.
+    """
+    if future.status in _BAD_ENDS:
+        return None
+    try:
+        return future.result(timeout=_FETCH if future.status == "finished" else _TICK)
+    except TimeoutError:
+        return None
+    except Exception as error:
+        if future.status in _BAD_ENDS:  # meanwhile
+            return None
+        if isinstance(error, OSError):
+            raise EnvironmentFault(f"the scheduler is gone: {error}", hint="the same command goes on") from error
+        raise
 
 
 def _fetch_packages(requests: Iterable[DrillRequest], observer: Observer) -> None:

@@ -1,12 +1,13 @@
 """A campaign's results: one SQLite file, for sqlite3, DuckDB and pandas as well. docs/campaigns.md has the columns.
 
 Only the driver writes, one result in one transaction, and `result`'s primary key is what makes exactly one result of each
-drill true. Readers may read at any time: the file is in WAL mode.
+drill true. Readers may read at any time: the file is in WAL mode, which wants a local disk.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -105,57 +106,65 @@ class StoredDrill:
 
 
 class Store:
-    """The database of one campaign, open for its driver."""
+    """The database of one campaign, open for its driver.
 
-    def __init__(self, path: Path, connection: sqlite3.Connection, lock: int) -> None:
+    :raise EnvironmentFault: any method: SQLite cannot read or write now, on a full disk or while another program locks it.
+    :raise FormatError: likewise: the file is damaged.
+    """
+
+    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
         self.path = path
         self._connection = connection
-        self._lock = lock
 
     @classmethod
     @contextlib.contextmanager
     def open(cls, path: Path, campaign: Campaign, host: Mapping[str, Any]) -> Iterator[Self]:
         """The database at `path`, made unless it is there; drills that the file has and the database has not are added.
 
+        Runs whose driver was killed are marked so: while this one has the lock, no other can be at work.
+
         :raise UsageError: it is another campaign's, no campaign's, or cannot be written.
-        :raise EnvironmentFault: another driver has it.
+        :raise EnvironmentFault: another driver has it, or the disk is full.
         """
         if not path.exists():
             _create(path, campaign, host)
         with contextlib.ExitStack() as stack:
-            # The lock's descriptor is closed after the connection: closing any of a file's drops SQLite's own locks on it.
-            lock = _locked(path)
-            stack.callback(os.close, lock)
+            stack.enter_context(_locked(path))
             with _sqlite_errors(path):
                 connection = stack.enter_context(contextlib.closing(connect(path, write=True)))
                 connection.execute("PRAGMA journal_mode = WAL")
-                store = cls(path, connection, lock)
-                store._extend(campaign)
+            store = cls(path, connection)
+            store._extend(campaign)
+            store._settle()
             yield store
 
     def drills(self, *, pending: bool = False) -> list[StoredDrill]:
         """All drills, or those that have no result yet, in order."""
         where = "WHERE number NOT IN (SELECT drill FROM result)" if pending else ""
         query = f"SELECT number, key, repeat, title, command, known, request FROM drill {where} ORDER BY number"  # noqa: S608
+        with self._transaction() as connection:
+            rows = connection.execute(query).fetchall()
         return [
             StoredDrill(number, key, repeat, title, command, known or "", DrillRequest.from_options(json.loads(request)))
-            for number, key, repeat, title, command, known, request in self._connection.execute(query)
+            for number, key, repeat, title, command, known, request in rows
         ]
 
     @property
     def identity(self) -> str:
         """A digest that no other database has."""
-        row = self._connection.execute("SELECT name, created, host FROM campaign").fetchone()
+        with self._transaction() as connection:
+            row = connection.execute("SELECT name, created, host FROM campaign").fetchone()
         return hashlib.sha256(repr(row).encode()).hexdigest()[:12]
 
     def done(self) -> list[tuple[DrillRequest, str, float]]:
         """What has a result: request, verdict, seconds."""
-        rows = self._connection.execute("SELECT request, verdict, seconds FROM result JOIN drill ON number = drill")
+        with self._transaction() as connection:
+            rows = connection.execute("SELECT request, verdict, seconds FROM result JOIN drill ON number = drill").fetchall()
         return [(DrillRequest.from_options(json.loads(request)), verdict, seconds) for request, verdict, seconds in rows]
 
     def begin_run(self, workers: int, cpus: int, scheduler: str) -> int:
         """Note that a driver begins to work; the run's number."""
-        with self._connection as connection:
+        with self._transaction() as connection:
             connection.execute("UPDATE campaign SET state = 'running'")
             number = connection.execute(
                 "INSERT INTO run (started, workers, cpus, scheduler) VALUES (?, ?, ?, ?)", (utc_now(), workers, cpus, scheduler)
@@ -165,22 +174,27 @@ class Store:
 
     def end_run(self, number: int, seconds: float, end: Literal["done", "interrupted"]) -> None:
         """Note how a driver's work ended."""
-        with self._connection as connection:
+        with self._transaction() as connection:
             connection.execute(
                 'UPDATE run SET ended = ?, seconds = ?, "end" = ? WHERE number = ?',
                 (utc_now(), round(seconds, 3), end, number),
             )
             connection.execute("UPDATE campaign SET state = ?", (end,))
 
+    def finish(self) -> None:
+        """Note that every drill has its result, whatever became of the driver that wrote the last one."""
+        with self._transaction() as connection:
+            connection.execute("UPDATE campaign SET state = 'done'")
+
     def attempted(self, number: int) -> None:
         """Note that a worker has begun with the drill `number`."""
-        with self._connection as connection:
+        with self._transaction() as connection:
             connection.execute("UPDATE drill SET attempts = attempts + 1 WHERE number = ?", (number,))
 
     def add(self, number: int, result: Result) -> bool:
         """Keep the result of the drill `number`, all of it or nothing; False if it has one already, which stays."""
         record = result.record
-        with self._connection as connection:
+        with self._transaction() as connection:
             kept = connection.execute(
                 """INSERT INTO result VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?,
                    (SELECT max(1, attempts) FROM drill WHERE number = ?), ?, ?, ?) ON CONFLICT (drill) DO NOTHING""",
@@ -202,7 +216,7 @@ class Store:
 
     def forget_errors(self) -> int:
         """Drop the results that say nothing of the handover, so that these drills run again; how many they were."""
-        with self._connection as connection:
+        with self._transaction() as connection:
             connection.execute("DELETE FROM stage WHERE drill IN (SELECT drill FROM result WHERE verdict = 'ERROR')")
             return connection.execute("DELETE FROM result WHERE verdict = 'ERROR'").rowcount
 
@@ -211,7 +225,8 @@ class Store:
 
         :raise UsageError: the file lacks drills that the database has.
         """
-        name = self._connection.execute("SELECT name FROM campaign").fetchone()[0]
+        with self._transaction() as connection:
+            (name,) = connection.execute("SELECT name FROM campaign").fetchone()
         fresh = "give another --db to begin a new one"
         if name != campaign.name:
             raise UsageError(f"{self.path} is of the campaign {name!r}, not of {campaign.name!r}", hint=fresh)
@@ -223,9 +238,39 @@ class Store:
                 f"{self.path} has drills that {campaign.path} no longer lists: {gone[0]}{others}",
                 hint=f"put them back, or {fresh}",
             )
-        with self._connection as connection:
+        with self._transaction() as connection:
             _add_drills(connection, campaign.drills)
             connection.execute("UPDATE campaign SET file = ?, path = ?", (campaign.text, campaign.path))
+
+    def _settle(self) -> None:
+        """Say of runs that nobody ended that their driver was killed; when that was, only their results tell."""
+        with self._transaction() as connection:
+            connection.execute("""UPDATE run SET "end" = 'killed' WHERE "end" IS NULL""")
+            connection.execute("UPDATE campaign SET state = 'interrupted' WHERE state = 'running'")
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """All that is done in it is kept, or nothing.
+
+        :raise EnvironmentFault: SQLite cannot do it now.
+        :raise FormatError: the file is damaged.
+        """
+        try:
+            with self._connection as connection:
+                yield connection
+        except sqlite3.OperationalError as error:
+            code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF  # without what is more exact
+            if code == sqlite3.SQLITE_ERROR:  # a table or a column that is not there
+                raise FormatError(f"no database of a campaign: {error}", source=str(self.path)) from error
+            remedy = _REMEDIES.get(code, "see to its disk")
+            raise EnvironmentFault(f"{self.path}: {error}", hint=f"{remedy}; the same command goes on") from error
+        except (sqlite3.IntegrityError, sqlite3.ProgrammingError):  # what we asked for makes no sense
+            raise
+        except sqlite3.DatabaseError as error:
+            raise FormatError(f"no database of a campaign: {error}", source=str(self.path)) from error
+
+
+_REMEDIES = {sqlite3.SQLITE_FULL: "free some room", sqlite3.SQLITE_BUSY: "end what else writes to it"}
 
 
 def connect(path: Path, *, write: bool = False) -> sqlite3.Connection:
@@ -331,17 +376,36 @@ def _add_drills(connection: sqlite3.Connection, drills: Sequence[PlannedDrill]) 
         )
 
 
-def _locked(path: Path) -> int:
-    """The file's descriptor, under a lock that SQLite's own do not meet."""
-    try:
-        descriptor = os.open(path, os.O_RDWR)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}", hint="choose another --db") from error
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keep other drivers off. The lock is a file beside the database: over NFS, flock(2) on that would meet SQLite's own."""
+    place = path.resolve()  # whatever link it was named by
+    beside = place.with_name(f".{place.name}-lock")
+    with contextlib.ExitStack() as stack:
+        try:
+            place.stat()
+            if not os.access(place, os.W_OK, effective_ids=True):  # else SQLite opens it to be read, and says nothing
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            descriptor = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            stack.callback(os.close, descriptor)
+            ours = _lock(descriptor, beside)
+        except OSError as error:
+            raise UsageError(f"cannot write {path}: {error.strerror}", hint="choose another --db") from error
+        if not ours:
+            raise EnvironmentFault(
+                f"another `crashkernel campaign run` works on {path}", hint="let it end, or give another --db"
+            )
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                beside.unlink()
+
+
+def _lock(descriptor: int, path: Path) -> bool:
+    """Lock the file that is at `path`: not one that who had it has removed on leaving, which would keep nobody off."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise EnvironmentFault(
-            f"another `crashkernel campaign run` works on {path}", hint="let it end, or give another --db"
-        ) from error
-    return descriptor
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False
