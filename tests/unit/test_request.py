@@ -1,6 +1,7 @@
 """A drill by its options: one vocabulary for the command line, campaign files, databases and workers."""
 
 import json
+from dataclasses import fields, replace
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -61,6 +62,56 @@ def test_the_command_line_asks_for_the_same_drill(request):
     assert asked == request
 
 
+def test_what_no_machine_has_can_be_sketched_and_has_what_follows_from_its_machine():
+    sketch = DrillRequest.sketch({"machine": "powernv10", "smp": 1, "fault": ["stuck-cpu"], "capture-codec": "lzo"})
+    assert (sketch.cpu, sketch.mmu, sketch.fault, sketch.capture_codec) == ("POWER10", "radix", ("stuck-cpu",), "lzo")
+    assert DrillRequest.sketch({"cpu": "POWER8", "mmu": "radix"}).mmu == "radix"
+
+
+ANOTHER = {
+    "kernel": "debian:sid", "capture_kernel": "debian:sid", "machine": "powernv9", "cpu": "POWER10", "mmu": "hash", "smp": 2,
+    "memory": "4G", "crashkernel": "256M", "placement": "reserved", "all_cpus": True, "initrd": "x", "on_damage": "halt",
+    "no_quarantine": True, "capture": 1, "capture_codec": "lzo", "capture_to": "network", "fault": ("nmi",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(DrillRequest) if field.name != "seed"])
+def test_every_option_but_the_seed_shows_in_a_drills_title(name):
+    drill = DrillRequest(capture=31)
+    assert replace(drill, **{name: ANOTHER[name]}).title != drill.title
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["512M", "1g", "0x20000000", "512M@0", "256M@128M", "512M@k1-end", "1G-8G:512M,8G-:1G", "0-2G:1M@16M", "512M mem=768M"],
+)
+def test_what_k1_reads_of_crashkernel(text):
+    assert DrillRequest.from_options({"crashkernel": text}).crashkernel == text
+
+
+@pytest.mark.parametrize(
+    "text", ["foo", "0", "0M", "M", "512MB", "512M@", "@128M", "512M@k2-end", "1G-:", "1G-8G", "1G-8G:512M,", " 1G"]
+)
+def test_what_k1_cannot_read_of_crashkernel(text):
+    with pytest.raises(UsageError, match="must be what K1 can read"):
+        DrillRequest.from_options({"crashkernel": text})
+
+
+@pytest.mark.parametrize(
+    ("machine", "good", "bad"),
+    [
+        ("pseries", ["256M", "1G", "4352M"], ["1M", "128M", "300M", "1025M", "128T"]),
+        ("powernv9", ["1G", "1025M"], ["256M", "1023M", "1048577K", "0xf000000000000000"]),
+    ],
+)
+def test_memory_that_qemus_machine_can_have(machine, good, bad):
+    for memory in good:
+        assert DrillRequest.from_options({"machine": machine, "memory": memory}).memory == memory
+    for memory in bad:
+        with pytest.raises(UsageError, match=f"a {machine} cannot have .* of memory \\(give a multiple of"):
+            DrillRequest.from_options({"machine": machine, "memory": memory})
+
+
 def test_what_follows_from_machine_and_cpu():
     assert DrillRequest.from_options({"machine": "powernv10"}).twin == Twin("powernv10", "POWER10")
     assert DrillRequest.from_options({"cpu": "POWER8"}).mmu == "hash"
@@ -75,7 +126,11 @@ def test_what_follows_from_machine_and_cpu():
         ({"smp": "2"}, "a whole number"),
         ({"smp": True}, "a whole number"),
         ({"smp": 0}, "at least one CPU"),
-        ({"memory": "lots"}, "lots"),
+        ({"memory": "lots"}, "memory = 'lots': must be a size"),
+        ({"memory": "0"}, "memory = '0': must be a size"),
+        ({"memory": 2}, "memory = 2: must be a size"),
+        ({"kernel": "*sid"}, r"kernel = '\*sid': must be one kernel"),
+        ({"capture-kernel": "debian:?"}, "must be one kernel"),
         ({"all-cpus": 1}, "true or false"),
         ({"fault": "nmi"}, "a list of words"),
         ({"capture": 32}, "0 to 31"),

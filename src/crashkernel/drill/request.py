@@ -7,6 +7,7 @@ One vocabulary serves all four, the long options of `crashkernel drill` without 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -66,7 +67,19 @@ class DrillRequest:
 
         What is not said of the CPU and the MMU follows from the machine and the CPU.
 
-        :raise UsageError: an option that is none, or a value that it cannot have.
+        :raise UsageError: an option that is none, a value that it cannot have, or options that do not go together.
+        """
+        request = cls.sketch(options)
+        if request.capture is None and (options.keys() & {"capture-codec", "capture-to"}):
+            raise UsageError("capture-codec and capture-to say how `crashkernel capture` saves", hint="add capture = LEVEL")
+        _ = request.twin, request.saving, parse_faults(request)  # they have rules of their own
+        return request
+
+    @classmethod
+    def sketch(cls, options: Mapping[str, Any]) -> DrillRequest:
+        """The same, but each option is looked at alone: what comes out can be matched, and need not be had by any machine.
+
+        :raise UsageError: an option that is none, or a value that no drill has.
         """
         known = {field.name.replace("_", "-"): field.name for field in fields(cls)}
         for name in options:
@@ -75,11 +88,7 @@ class DrillRequest:
         given = {known[name]: _checked(name, value) for name, value in options.items()}
         cpu = given.setdefault("cpu", _OWN_CPU.get(given.get("machine", ""), "POWER9"))
         given.setdefault("mmu", "hash" if cpu == "POWER8" else "radix")
-        if given.get("capture") is None and (given.keys() & {"capture_codec", "capture_to"}):
-            raise UsageError("capture-codec and capture-to say how `crashkernel capture` saves", hint="add capture = LEVEL")
-        request = cls(**given)
-        _ = request.twin, request.saving, parse_faults(request)  # they have rules of their own
-        return request
+        return cls(**given)
 
     def options(self) -> dict[str, Any]:
         """What differs from the defaults, by option name: values of JSON."""
@@ -136,6 +145,7 @@ class DrillRequest:
             *(["all CPUs in K2"] if self.all_cpus else []),
             *([f"initrd {self.initrd}"] if self.initrd else []),
             *(["no quarantine"] if self.no_quarantine else []),
+            *([f"{self.on_damage} on damage"] if self.on_damage != "reboot" else []),
             *([f"capture {self.capture} {self.capture_codec} to {self.capture_to}"] if self.capture is not None else []),
             *self.fault,
         ]
@@ -164,7 +174,17 @@ _CHOICES: Mapping[str, Sequence[str]] = {
     "capture-to": DESTINATIONS,
 }
 _FLAGS = ("all-cpus", "no-quarantine")
-_NUMBERS = ("smp", "seed", "capture")
+_NUMBERS = {
+    "smp": range(1, 2049),  # CONFIG_NR_CPUS of Debian's kernels; QEMU's powernv machines take no more either
+    "seed": range(1 << 63),  # what a column of SQLite's holds
+    "capture": range(32),
+}
+_LONGEST_NUMBER = 256  # bits that are worth showing; Python itself refuses to write some thousands
+_KERNELS = ("kernel", "capture-kernel")
+_SIZE = "(?:0[xX][0-9a-fA-F]+|[1-9][0-9]*)[KMGTkmgt]?"
+_RANGE = f"(?:0|{_SIZE})-(?:{_SIZE})?:{_SIZE}"
+_RESERVATION = re.compile(f"(?:{_SIZE}|{_RANGE}(?:,{_RANGE})*)(?:@{_SIZE}|@0|{BEHIND_K1})?(?: .*)?")
+"""What a kernel reads of `crashkernel=` (parse_crashkernel, kernel/crash_reserve.c), and other options of K1's behind it."""
 
 
 def _checked(name: str, value: Any) -> Any:
@@ -174,15 +194,31 @@ def _checked(name: str, value: Any) -> Any:
     elif name in _FLAGS:
         good, wanted = isinstance(value, bool), "true or false"
     elif name in _NUMBERS:
-        good, wanted = isinstance(value, int) and not isinstance(value, bool), "a whole number"
+        allowed = _NUMBERS[name]
+        good = isinstance(value, int) and not isinstance(value, bool) and value in allowed
+        wanted = f"a whole number from {allowed[0]} to {allowed[-1]}"
     elif name == "fault":
         good, wanted = isinstance(value, list | tuple) and all(isinstance(word, str) for word in value), "a list of words"
         value = tuple(value) if good else value
+    elif name == "memory":
+        good, wanted = isinstance(value, str) and _is_size(value), "a size, like 2G"
     else:
         good, wanted = isinstance(value, str) and value.isprintable() and (value != "" or name == "capture-kernel"), "a text"
+    if good and name in _KERNELS and not {"*", "?"}.isdisjoint(value):
+        good, wanted = False, "one kernel: * and ? are for exclude and match"
+    if good and name == "crashkernel" and not _RESERVATION.fullmatch(value):
+        good, wanted = False, f"what K1 can read, like 512M, 512M@128M, 512M{BEHIND_K1} or 1G-8G:512M,8G-:1G"
     if not good:
-        raise UsageError(f"{name} = {value!r}: must be {wanted}")
+        shown = "…" if isinstance(value, int) and value.bit_length() > _LONGEST_NUMBER else repr(value)
+        raise UsageError(f"{name} = {shown}: must be {wanted}")
     return value
+
+
+def _is_size(text: str) -> bool:
+    try:
+        return parse_size(text) > 0
+    except UsageError:
+        return False
 
 
 @dataclass(frozen=True, slots=True)

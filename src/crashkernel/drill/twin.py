@@ -13,6 +13,11 @@ MachineName = Literal["pseries", "powernv9", "powernv10"]
 MACHINES: tuple[MachineName, ...] = ("pseries", "powernv9", "powernv10")
 CPUS = ("POWER8", "POWER9", "POWER10")
 MMUS: tuple[Mmu, ...] = ("radix", "hash")
+MOST_MEMORY = 64 << 40
+"""Bytes: as much as the largest POWER10 machine has (Power E1080)."""
+
+_SPAPR_BLOCK = 256 << 20
+_MOST_MEMORY = 1 << 46
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +34,21 @@ class Twin:
     def __post_init__(self) -> None:
         if self.smp < 1:
             raise UsageError(f"--smp {self.smp}: a machine has at least one CPU")
+        if self.memory > MOST_MEMORY:
+            raise UsageError(f"--memory {format_size(self.memory)}: no machine has more than {format_size(MOST_MEMORY)}")
         if self.machine == "powernv9" and self.cpu != "POWER9":
             raise UsageError(f"powernv9 is a POWER9 machine, not {self.cpu}", hint="leave --cpu out")
         if self.machine == "powernv10" and self.cpu != "POWER10":
             raise UsageError(f"powernv10 is a POWER10 machine, not {self.cpu}", hint="leave --cpu out")
         if self.cpu == "POWER8" and self.mmu == "radix":
             raise UsageError("POWER8 has no radix MMU", hint="add --mmu hash, or leave --mmu out")
+        # QEMU's own rules: spapr_validate_node_memory, hw/ppc/spapr.c; pnv_init, hw/ppc/pnv.c. Linux: MAX_PHYSMEM_BITS.
+        least, unit = (_SPAPR_BLOCK, _SPAPR_BLOCK) if self.machine == "pseries" else (1 << 30, 1 << 20)
+        if not least <= self.memory <= _MOST_MEMORY or self.memory % unit:
+            raise UsageError(
+                f"a {self.machine} cannot have {format_size(self.memory)} of memory",
+                hint=f"give a multiple of {format_size(unit)}, {format_size(least)} to {format_size(_MOST_MEMORY)}",
+            )
 
     @property
     def title(self) -> str:
