@@ -32,7 +32,7 @@ OTHERS = st.fixed_dictionaries(
     optional={
         "kernel": st.sampled_from(["debian:sid", "/boot/vmlinux"]),
         "capture-kernel": st.sampled_from(["", "debian:sid", "./vmlinux"]),
-        "smp": st.integers(1, 64),
+        "smp": st.integers(1, 2048),
         "memory": st.sampled_from(["1G", "2G", "4G"]),
         "crashkernel": st.sampled_from(["512M", "256M@128M", "512M@k1-end"]),
         "placement": st.sampled_from(["zero", "reserved"]),
@@ -40,7 +40,7 @@ OTHERS = st.fixed_dictionaries(
         "initrd": st.just("/boot/initrd.img"),
         "on-damage": st.sampled_from(["reboot", "halt"]),
         "no-quarantine": st.booleans(),
-        "seed": st.integers(0, 1 << 31),
+        "seed": st.integers(0, (1 << 63) - 1),
     },
 )
 REQUESTS = st.builds(lambda one, two, three: DrillRequest.from_options(one | two | three), MACHINES, SAVINGS, OTHERS)
@@ -112,6 +112,14 @@ def test_memory_that_qemus_machine_can_have(machine, good, bad):
             DrillRequest.from_options({"machine": machine, "memory": memory})
 
 
+@pytest.mark.parametrize("wrong", ["--seed=-1", "--seed=99999999999999999999", f"--smp={10**20}"])
+def test_the_command_line_refuses_a_number_that_no_drill_can_have_before_anything_is_fetched(wrong, capsys):
+    with patch.object(twin, "require_extra"), patch.object(twin, "_fetch", side_effect=AssertionError):
+        assert main(["drill", wrong]) == 2
+    name, value = wrong.removeprefix("--").split("=")
+    assert f"{name} = {value}: must be a whole number from" in capsys.readouterr().err
+
+
 def test_what_follows_from_machine_and_cpu():
     assert DrillRequest.from_options({"machine": "powernv10"}).twin == Twin("powernv10", "POWER10")
     assert DrillRequest.from_options({"cpu": "POWER8"}).mmu == "hash"
@@ -125,7 +133,11 @@ def test_what_follows_from_machine_and_cpu():
         ({"machine": "mac99"}, "one of pseries"),
         ({"smp": "2"}, "a whole number"),
         ({"smp": True}, "a whole number"),
-        ({"smp": 0}, "at least one CPU"),
+        ({"smp": 0}, "smp = 0: must be a whole number from 1 to 2048"),
+        ({"smp": 2049}, "from 1 to 2048"),
+        ({"smp": 1 << 20000}, "smp = …: must be"),
+        ({"seed": -1}, "seed = -1: must be a whole number from 0 to 9223372036854775807"),
+        ({"seed": 1 << 63}, "seed = 9223372036854775808: must be"),
         ({"memory": "lots"}, "memory = 'lots': must be a size"),
         ({"memory": "0"}, "memory = '0': must be a size"),
         ({"memory": 2}, "memory = 2: must be a size"),

@@ -13,8 +13,6 @@ MachineName = Literal["pseries", "powernv9", "powernv10"]
 MACHINES: tuple[MachineName, ...] = ("pseries", "powernv9", "powernv10")
 CPUS = ("POWER8", "POWER9", "POWER10")
 MMUS: tuple[Mmu, ...] = ("radix", "hash")
-MOST_MEMORY = 64 << 40
-"""Bytes: as much as the largest POWER10 machine has (Power E1080)."""
 
 _SPAPR_BLOCK = 256 << 20
 _MOST_MEMORY = 1 << 46
@@ -34,8 +32,6 @@ class Twin:
     def __post_init__(self) -> None:
         if self.smp < 1:
             raise UsageError(f"--smp {self.smp}: a machine has at least one CPU")
-        if self.memory > MOST_MEMORY:
-            raise UsageError(f"--memory {format_size(self.memory)}: no machine has more than {format_size(MOST_MEMORY)}")
         if self.machine == "powernv9" and self.cpu != "POWER9":
             raise UsageError(f"powernv9 is a POWER9 machine, not {self.cpu}", hint="leave --cpu out")
         if self.machine == "powernv10" and self.cpu != "POWER10":
