@@ -10,10 +10,14 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from hypothesis import event, example, given
+from hypothesis import strategies as st
 
 from crashkernel.campaign.file import parse_campaign
 from crashkernel.campaign.store import Result, Store, _lock, connect, read_evidence
@@ -142,6 +146,57 @@ def test_a_file_that_grew_is_taken_in_and_results_stay(db, text, number):
         assert len(store.drills(pending=True)) == number - 1
         assert done not in {drill.key for drill in store.drills(pending=True)}
     assert rows(db, "SELECT file FROM campaign") == [(text,)]
+
+
+NUMBERS = st.sampled_from([-1, 0, 1, 4, 2048, 2049, 2**31, 2**32, 2**63 - 1, 2**63, 10**20])
+
+
+def mostly(good, odd):
+    """One value in ten may be odd: else next to no file would be taken."""
+    return st.integers(0, 9).flatmap(lambda number: odd if number == 7 else good)
+
+
+SIZES = mostly(st.sampled_from(["512M", "1G", "0x80000000", "64T"]), st.sampled_from(["0", "16383P", "0xffffffffffffffff"]))
+TEXTS = mostly(st.sampled_from(["debian:sid", "é 🖥", "'; --"]), st.text(max_size=9))
+OPTIONS = st.fixed_dictionaries(
+    {},
+    optional={
+        "smp": mostly(st.sampled_from([1, 4, 2048]), NUMBERS),
+        "seed": mostly(st.integers(0, 2**63 - 1), NUMBERS),
+        "capture": mostly(st.integers(0, 31), NUMBERS),
+        **dict.fromkeys(("memory", "crashkernel"), SIZES),
+        **dict.fromkeys(("kernel", "capture-kernel", "initrd"), TEXTS),
+        "fault": st.lists(st.sampled_from(["nmi", "dma:init"]), max_size=2, unique=True),
+        "all-cpus": st.booleans(),
+    },
+)
+
+
+def toml(options) -> str:
+    return "".join(f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in options.items())
+
+
+@given(st.lists(OPTIONS, min_size=1, max_size=3), mostly(st.just(7), NUMBERS), st.integers(1, 3))
+@example([{"seed": 2**63 - 1, "smp": 2048, "memory": "64T", "fault": ["nmi"]}], 10**20, 1)
+@example([{"seed": -1}], 0, 1)
+@example([{"seed": 10**20}], 0, 1)
+@example([{"smp": 10**20}], 0, 1)
+@example([{"memory": "0xf000000000000000"}], 0, 1)
+def test_whatever_a_campaign_file_may_say_is_kept_and_read_again(drills, seed, repeats):
+    text = f'name = "t"\nseed = {seed}\nrepeats = {repeats}\n' + "".join(f"[[drill]]\n{toml(each)}" for each in drills)
+    try:
+        planned = campaign(text).drills
+    except UsageError:
+        event("refused")
+        return
+    with tempfile.TemporaryDirectory() as place:
+        db = Path(place) / "t.sqlite"
+        with opened(db, text) as store:
+            assert [drill.request for drill in store.drills()] == [drill.request for drill in planned]
+        read = read_campaign(db).drills
+    assert [(drill.key, drill.title, drill.seed, drill.smp) for drill in read] == [
+        (drill.key, drill.title, drill.request.seed, drill.request.smp) for drill in planned
+    ]
 
 
 def test_what_is_known_to_fail_may_change(db):
