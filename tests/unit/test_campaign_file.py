@@ -94,6 +94,38 @@ def test_what_is_excluded_is_left_out_even_where_no_machine_has_it():
     ]
 
 
+def test_what_is_excluded_has_what_follows_from_its_machine_even_where_it_cannot_be_had():
+    """A CPU that is stuck needs a second one; powernv10 has a POWER10."""
+    found = drills(
+        """[[matrix]]
+        machine = "powernv10"
+        fault = ["stuck-cpu nmi"]
+        smp = [1, 2]
+        exclude = [{ cpu = "POWER10", mmu = "radix", fault = "stuck-cpu*", smp = 1 }]"""
+    )
+    assert [(d.request.cpu, d.request.smp) for d in found] == [("POWER10", 2)]
+
+
+@pytest.mark.parametrize(
+    ("defaults", "rest", "count"),
+    [
+        ('capture-codec = "zlib"', "[[matrix]]\ncapture = [1, 31]", 2),
+        ('fault = ["stuck-cpu"]', "[[matrix]]\nsmp = [2, 4]", 2),
+        ('cpu = "POWER10"', '[[drill]]\nmachine = "powernv10"', 1),
+        ('memory = "512M"', '[[matrix]]\nmachine = "powernv9"\nmemory = ["1G", "2G"]', 2),
+    ],
+)
+def test_defaults_need_not_be_a_drill_by_themselves(defaults, rest, count):
+    assert len(drills(f"[defaults]\n{defaults}\n{rest}")) == count
+
+
+def test_a_title_has_a_seed_that_is_the_files_and_no_other():
+    given = drills("[[matrix]]\nfault = 'nmi'\nseed = [1, 2]")
+    assert [drill.title.rpartition("zero, ")[2] for drill in given] == ["nmi, seed 1", "nmi, seed 2"]
+    made = drills("seed = 7\n[[drill]]\nfault = 'nmi'\nrepeats = 2\n[[drill]]")
+    assert not any("seed" in drill.title for drill in made)
+
+
 def test_a_known_failure_has_its_reason():
     found = drills(
         """[[matrix]]
@@ -136,6 +168,20 @@ def test_a_known_failure_has_its_reason():
         ("[[matrix]]\nsmp = 1\nexclude = [{ smp = 2 }]", "t.toml: matrix 1: exclude 1: matches no drill of this matrix"),
         ("[[matrix]]\nsmp = 1\nexclude = [{ snp = 1 }]", "t.toml: matrix 1: exclude 1: snp: no option of a drill"),
         ("[[matrix]]\nsmp = 1\nexclude = [{}]", "t.toml: matrix 1: exclude 1: an empty table would match every drill"),
+        ("[[matrix]]\nsmp = [2, 4]\nexclude = [{ smp = [2, '4'] }]", "matrix 1: exclude 1: smp: '4' matches no drill of this"),
+        ("[[matrix]]\nsmp = [2, 4]\nexclude = [{ smp = [2, 77] }]", "matrix 1: exclude 1: smp: 77 matches no drill of this"),
+        ("[[matrix]]\nall-cpus = [true, false]\nexclude = [{ all-cpus = [true, 1] }]", "exclude 1: all-cpus: 1 matches no"),
+        ("[[matrix]]\nsmp = [2, 4]\nexcludes = [{ smp = 4 }]", "t.toml: matrix 1: excludes: too much like exclude"),
+        ("[[matrix]]\nsmp = [2, 4]\nexlude = [{ smp = 4 }]", "t.toml: matrix 1: exlude: too much like exclude"),
+        ("[[matrix]]\nsmp = [2, 4]\n[[matrix.Excluded]]\nmmu = 'hash'", "t.toml: matrix 1: Excluded: too much like exclude"),
+        ("[[matrix]]\nkernel = ['*sid', 'a']", "t.toml: matrix 1: kernel = '*sid': must be one kernel"),
+        ("[[drill]]\ncrashkernel = 'foo'", "t.toml: drill 1: crashkernel = 'foo': must be what K1 can read"),
+        ("[[matrix]]\nmemory = ['0', '1G']\nexclude = [{ memory = '0' }]", "t.toml: matrix 1: memory = '0': must be a size"),
+        ("[defaults]\nmemory = '100M'\n[[drill]]", "t.toml: drill 1: a pseries cannot have 100 MiB of memory (give a multiple"),
+        (
+            "[[drill]]\n[[known]]\nmatch = { smp = [1, 2] }\nreason = 'x'",
+            "known 1: match: smp: 2 matches no drill of this file",
+        ),
         ("[[matrix]]\nsmp = 1\nexclude = { smp = 1 }", "t.toml: matrix 1: exclude: must be a list of tables"),
         ("[[matrix]]\nsmp = 1\nexclude = [{ smp = 1 }]", "t.toml: matrix 1: no drill is left"),
         ("[[drill]]\nsmp = [1]", "t.toml: drill 1: smp = [1]: must be a whole number"),

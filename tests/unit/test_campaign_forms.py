@@ -2,11 +2,14 @@
 
 import json
 import re
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from crashkernel.campaign.comparison import compare_campaigns, comparison_record
 from crashkernel.campaign.file import parse_campaign
@@ -65,6 +68,41 @@ def test_junit_counts_and_says_what_a_ci_system_is_to_show(mixed):
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", root.find("testsuite").get("timestamp"))
     assert {case.get("classname") for case in cases} == {"t.a", "t.b"}
     assert len({case.get("name") for case in cases}) == 8
+
+
+def test_junit_names_of_drills_that_differ_in_a_seed_or_on_damage_say_so(tmp_path):
+    text = 'name = "t"\n[[matrix]]\nfault = "nmi"\nseed = [1, 2]\non-damage = ["reboot", "halt"]\nrepeats = 2\n'
+    root = ET.fromstring(junit_xml(read_campaign(made(tmp_path / "t.sqlite", text, {}))))
+    names = [case.get("name").partition("zero, ")[2] for case in root.iter("testcase")]
+    assert names == [
+        "nmi, seed 1", "nmi, seed 1, repeat 2", "halt on damage, nmi, seed 1", "halt on damage, nmi, seed 1, repeat 2",
+        "nmi, seed 2", "nmi, seed 2, repeat 2", "halt on damage, nmi, seed 2", "halt on damage, nmi, seed 2, repeat 2",
+    ]  # fmt: skip
+
+
+@settings(max_examples=25)
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "kernel": st.just(["a/b", "a-b"]),
+            "capture-kernel": st.just(["", "a/b", "c"]),
+            "memory": st.just(["2G", "2048M", "0x80000000"]),
+            "crashkernel": st.just(["512M", "512m"]),
+            "on-damage": st.just(["reboot", "halt", "continue"]),
+            "no-quarantine": st.just([False, True]),
+            "seed": st.just([0, 1, 2]),
+            "fault": st.just(["", "nmi", "flip:initrd"]),
+            "repeats": st.integers(1, 2),
+        },
+    )
+)
+def test_junit_names_are_unique_in_a_campaign(options):
+    text = 'name = "t"\n[[matrix]]\n' + "".join(f"{name} = {json.dumps(values)}\n" for name, values in options.items())
+    with tempfile.TemporaryDirectory() as directory:
+        root = ET.fromstring(junit_xml(read_campaign(made(Path(directory) / "t.sqlite", text, {}))))
+    names = [(case.get("classname"), case.get("name")) for case in root.iter("testcase")]
+    assert len(set(names)) == len(names) == int(root.get("tests"))
 
 
 def test_what_got_better_or_worse(tmp_path, mixed):

@@ -14,6 +14,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ DEFAULT_DEADLINE = 1200
 """Seconds that one drill may take, its turn not waited for; most take 10 to 60."""
 
 _OPTIONS = tuple(field.name.replace("_", "-") for field in fields(DrillRequest))
+_ALIKE = 0.7
+"""From which ratio of difflib's on a word is taken for a misspelt one: excludes, excluded, exlude, include."""
 _TOP = ("name", "repeats", "seed", "deadline", "defaults", "matrix", "drill", "known")
 
 
@@ -39,11 +42,13 @@ class PlannedDrill:
     request: DrillRequest
     repeat: int = 1  # counts from 1
     known: str = ""  # why it is known to fail; "": it is to pass
+    seeded: bool = False  # its seed is in the file, not made of the campaign's
 
     @property
     def title(self) -> str:
         """One line for people."""
-        return self.request.title + (f", repeat {self.repeat}" if self.repeat > 1 else "")
+        seed = f", seed {self.request.seed}" if self.seeded else ""
+        return self.request.title + seed + (f", repeat {self.repeat}" if self.repeat > 1 else "")
 
     @property
     def key(self) -> str:
@@ -119,7 +124,7 @@ def _campaign(raw: dict[str, Any], text: str, path: str) -> Campaign:
     seed = _whole(raw, "seed", "", 0)
     deadline = _whole(raw, "deadline", "", DEFAULT_DEADLINE, least=1)
     defaults = _table(raw.get("defaults", {}), "defaults")
-    _request({}, defaults, "defaults")
+    _sketch(defaults, "defaults")
     found: list[_Found] = []
     for number, block in enumerate(_tables(raw, "matrix"), 1):
         found += _matrix(block, defaults, f"matrix {number}", repeats)
@@ -142,7 +147,7 @@ def _matrix(block: dict[str, Any], defaults: Mapping[str, Any], place: str, repe
         raise _Wrong(place, f"{size:,} drills are more than {MOST_DRILLS:,}")
     excludes = [_Match(table, f"{place}: exclude {number}") for number, table in enumerate(_tables(block, "exclude", place), 1)]
     hits: Counter[str] = Counter()
-    kept = []
+    kept, sketches = [], []
     for values in itertools.product(*axes):
         options: dict[str, Any] = {}
         for value in values:
@@ -150,13 +155,15 @@ def _matrix(block: dict[str, Any], defaults: Mapping[str, Any], place: str, repe
                 raise _Wrong(place, f"{' and '.join(sorted(twice))} come from two axes")
             options |= value
         # what no machine has, such as radix on POWER8, may be excluded: only what stays must make sense
-        out = [exclude.place for exclude in excludes if exclude.matches(_lenient(defaults, options))]
+        sketches.append(sketch := _sketch({**defaults, **options}, place))
+        out = [exclude.place for exclude in excludes if exclude.matches(sketch)]
         hits.update(out)
         if not out:
             kept.append(_Found(place, options, own))
     for exclude in excludes:
         if not hits[exclude.place]:
             raise _Wrong(exclude.place, "matches no drill of this matrix")
+        exclude.require_use(sketches, "of this matrix")
     if not kept:
         raise _Wrong(place, "no drill is left", "exclude less, or leave the matrix out")
     yield from kept
@@ -165,6 +172,10 @@ def _matrix(block: dict[str, Any], defaults: Mapping[str, Any], place: str, repe
 def _axis(name: str, value: Any, place: str) -> list[dict[str, Any]]:
     """The points of one axis, each some options. A list of tables, by any name, is an axis of options that go together."""
     if name not in _OPTIONS:
+        if get_close_matches(name.lower(), ["exclude"], cutoff=_ALIKE):
+            raise _Wrong(
+                f"{place}: {name}", "too much like exclude for an axis's name", "write exclude, or choose another name"
+            )
         if not (isinstance(value, list) and all(isinstance(point, dict) for point in value)):
             raise _Wrong(
                 f"{place}: {name}",
@@ -200,12 +211,12 @@ def _distinct(found: Sequence[_Found], defaults: Mapping[str, Any], seed: int) -
     drills = []
     for each in found:
         request = _request(defaults, each.options, each.place)
-        seeded = "seed" in each.options or "seed" in defaults or not request.fault
+        seeded = "seed" in each.options or "seed" in defaults
         for repeat in range(1, each.repeats + 1):
-            own = request if seeded else replace(request, seed=_seed(request, repeat, seed))
-            drill = PlannedDrill(own, repeat)
+            own = request if seeded or not request.fault else replace(request, seed=_seed(request, repeat, seed))
+            drill = PlannedDrill(own, repeat, seeded=seeded)
             if first := places.get(drill.key):
-                raise _Wrong(each.place, f"{request.title!r} was listed before, by {first}", "list each drill once")
+                raise _Wrong(each.place, f"{drill.title!r} was listed before, by {first}", "list each drill once")
             places[drill.key] = each.place
             drills.append(drill)
     return drills
@@ -226,6 +237,7 @@ def _marked(drills: Sequence[PlannedDrill], known: Iterable[dict[str, Any]]) -> 
         hits = [at for at, drill in enumerate(marked) if match.matches(drill.request)]
         if not hits:
             raise _Wrong(f"{place}: match", "matches no drill of this file")
+        match.require_use([drill.request for drill in drills], "of this file")
         for at in hits:
             marked[at] = replace(marked[at], known=marked[at].known or reason.strip())
     return marked
@@ -250,6 +262,17 @@ class _Match:
             for name, wanted in self._wanted.items()
         )
 
+    def require_use(self, requests: Iterable[DrillRequest], where: str) -> None:
+        """Refuse a value that its option has in none of these drills."""
+        seen: dict[str, set[Any]] = {name: set() for name in self._wanted}
+        for request in requests:
+            for name, values in seen.items():
+                values.add(getattr(request, name.replace("-", "_")))
+        for name, wanted in self._wanted.items():
+            for value in wanted:
+                if not any(self._alike(own, value) for own in seen[name]):
+                    raise _Wrong(f"{self.place}: {name}", f"{value!r} matches no drill {where}")
+
     @staticmethod
     def _alike(own: Any, wanted: Any) -> bool:
         if isinstance(own, tuple):
@@ -266,15 +289,12 @@ def _request(defaults: Mapping[str, Any], options: Mapping[str, Any], place: str
         raise _Wrong(place, error.message, error.hint) from error
 
 
-def _lenient(defaults: Mapping[str, Any], options: Mapping[str, Any]) -> DrillRequest:
+def _sketch(options: Mapping[str, Any], place: str) -> DrillRequest:
     """A drill to be matched, which need not be one that can be had."""
-    given = {name.replace("-", "_"): value for name, value in {**defaults, **options}.items()}
     try:
-        return _request(defaults, options, "")
-    except _Wrong:
-        fault = given.get("fault", ())
-        given["fault"] = tuple(fault) if isinstance(fault, list) else ()
-        return DrillRequest(**given)
+        return DrillRequest.sketch({name: _words(name, value) for name, value in options.items()})
+    except UsageError as error:
+        raise _Wrong(place, error.message, error.hint) from error
 
 
 def _seed(request: DrillRequest, repeat: int, seed: int) -> int:
