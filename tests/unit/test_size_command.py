@@ -218,7 +218,7 @@ def test_where_nothing_is_enough_it_says_so(played, monkeypatch, capfd):
     ("options", "said"),
     [
         (["--capture", "raw", "--capture-codec", "lzo"], "say how `crashkernel capture` saves"),
-        (["--capture", "32"], "a dump level is 0 to 31"),
+        (["--capture", "32"], "capture = 32: must be a whole number from 0 to 31"),
         (["--machine", "powernv9", "--cpu", "POWER8"], "powernv9 is a POWER9 machine"),
         (["--memory", "lots"], "lots"),
         (["--into", "/nonexistent/db"], "no such database"),
