@@ -53,11 +53,11 @@ def write(path: Path, text: str, option: str) -> None:
 
     :raise UsageError: it cannot be written.
     """
-    target = path.resolve()
     try:
-        if target.exists() and not target.is_file():
-            target.write_text(text, encoding="utf-8")
+        if path.exists() and not path.is_file():  # asked of the link: /dev/stdout leads to a pipe that has no name
+            path.write_text(text, encoding="utf-8")
             return
+        target = path.resolve()
         scratch = target.with_name(f".{target.name}-{os.getpid()}")
         try:
             scratch.write_text(text, encoding="utf-8")
