@@ -23,7 +23,7 @@ def test_a_pipe_without_a_name_of_its_own():
     reading, writing = os.pipe()
     write(Path(f"/proc/self/fd/{writing}"), "text", "--out")
     os.close(writing)
-    with open(reading) as file:
+    with os.fdopen(reading) as file:
         assert file.read() == "text"
 
 
