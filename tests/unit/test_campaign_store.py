@@ -322,6 +322,23 @@ def test_who_locks_the_database_for_long_is_complained_of(db, write):
         write(store)
 
 
+def test_a_database_that_is_damaged_or_changed_while_a_campaign_runs_is_told(db):
+    with opened(db) as store:
+        with contextlib.closing(sqlite3.connect(db)) as other:
+            other.execute("ALTER TABLE drill RENAME TO music")
+        with pytest.raises(UsageError, match=r"t.sqlite: no such table: .*drill"):
+            store.attempted(1)
+    db.unlink()
+    with opened(db) as store:
+        store._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        store._connection.execute("PRAGMA cache_size = 0")
+        data = db.read_bytes()
+        with db.open("r+b") as file:
+            file.write(data[:100] + b"\xff" * (len(data) - 100))
+        with pytest.raises(FormatError, match="no database of a campaign: database disk image is malformed"):
+            store.done()
+
+
 def test_a_run_that_was_killed_is_told_from_one_that_is_still_at_it(db):
     with opened(db) as store:
         store.begin_run(1, 1, "")

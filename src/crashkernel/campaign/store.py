@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from crashkernel import __version__
 from crashkernel.campaign.file import PlannedDrill
 from crashkernel.drill.request import DrillRequest
-from crashkernel.errors import EnvironmentFault, FormatError, UsageError
+from crashkernel.errors import CrashkernelError, EnvironmentFault, FormatError, UsageError
 from crashkernel.memory import parse_size
 from crashkernel.report.results import VERSION as SCHEMA_VERSION
 
@@ -109,7 +109,7 @@ class Store:
     """The database of one campaign, open for its driver.
 
     :raise EnvironmentFault: any method: SQLite cannot read or write now, on a full disk or while another program locks it.
-    :raise FormatError: likewise: the file is damaged.
+    :raise UsageError: likewise: the file is damaged, or is no campaign's.
     """
 
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
@@ -133,9 +133,9 @@ class Store:
             with _sqlite_errors(path):
                 connection = stack.enter_context(contextlib.closing(connect(path, write=True)))
                 connection.execute("PRAGMA journal_mode = WAL")
-            store = cls(path, connection)
-            store._extend(campaign)
-            store._settle()
+                store = cls(path, connection)
+                store._extend(campaign)
+                store._settle()
             yield store
 
     def drills(self, *, pending: bool = False) -> list[StoredDrill]:
@@ -253,30 +253,22 @@ class Store:
         """All that is done in it is kept, or nothing.
 
         :raise EnvironmentFault: SQLite cannot do it now.
-        :raise FormatError: the file is damaged.
+        :raise UsageError: the file is damaged, or is no campaign's.
         """
         try:
             with self._connection as connection:
                 yield connection
-        except sqlite3.OperationalError as error:
-            code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF  # without what is more exact
-            if code == sqlite3.SQLITE_ERROR:  # a table or a column that is not there
-                raise FormatError(f"no database of a campaign: {error}", source=str(self.path)) from error
-            remedy = _REMEDIES.get(code, "see to its disk")
-            raise EnvironmentFault(f"{self.path}: {error}", hint=f"{remedy}; the same command goes on") from error
         except (sqlite3.IntegrityError, sqlite3.ProgrammingError):  # what we asked for makes no sense
             raise
         except sqlite3.DatabaseError as error:
-            raise FormatError(f"no database of a campaign: {error}", source=str(self.path)) from error
-
-
-_REMEDIES = {sqlite3.SQLITE_FULL: "free some room", sqlite3.SQLITE_BUSY: "end what else writes to it"}
+            raise _fault(self.path, error, "the same command goes on") from error
 
 
 def connect(path: Path, *, write: bool = False) -> sqlite3.Connection:
     """Open a campaign's database; it is made by `Store.open` alone.
 
     :raise UsageError: it cannot be opened.
+    :raise EnvironmentFault: not now: another program locks it, or its disk is full.
     :raise FormatError: it is no campaign's database, or of another version's schema.
     """
     if not path.is_file():
@@ -317,10 +309,25 @@ def read_evidence(path: Path, number: int) -> tuple[dict[str, Any] | None, str]:
 def _sqlite_errors(path: Path) -> Iterator[None]:
     try:
         yield
-    except sqlite3.OperationalError as error:
-        raise UsageError(f"{path}: {error}") from error
     except sqlite3.DatabaseError as error:
-        raise FormatError(f"no database of a campaign: {error}", source=str(path)) from error
+        raise _fault(path, error, "try again") from error
+
+
+def _fault(path: Path, error: sqlite3.DatabaseError, then: str) -> CrashkernelError:
+    """What SQLite's error means; `then` is what to do when that is seen to."""
+    if not isinstance(error, sqlite3.OperationalError):
+        return FormatError(f"no database of a campaign: {error}", source=str(path))
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF  # without what is more exact
+    if remedy := _REMEDIES.get(code):
+        return EnvironmentFault(f"{path}: {error}", hint=f"{remedy}; {then}")
+    return UsageError(f"{path}: {error}")
+
+
+_REMEDIES = {
+    sqlite3.SQLITE_FULL: "free some room",
+    sqlite3.SQLITE_BUSY: "end what else writes to it",
+    sqlite3.SQLITE_IOERR: "see to its disk",
+}
 
 
 def _create(path: Path, campaign: Campaign, host: Mapping[str, Any]) -> None:
