@@ -288,3 +288,10 @@ def test_only_faults_have_a_seed_and_it_is_the_campaigns(table, seed):
 
 def test_a_seed_that_is_given_stays():
     assert {drill.request.seed for drill in drills("repeats = 3\n[[drill]]\nfault = ['nmi']\nseed = 7")} == {7}
+
+
+@pytest.mark.parametrize("number", [f"0x{'f' * 5000}", "9" * 5000, "9223372036854775808", "-1", "1e400", "true"])
+@pytest.mark.parametrize("name", ["seed", "repeats", "deadline"])
+def test_a_number_that_is_none_or_larger_than_a_database_holds(name, number):
+    with pytest.raises(UsageError, match=r"must be a whole number|integer string"):
+        parse_campaign(f'name = "c"\n{name} = {number}\n[[matrix]]\nsmp = [1]\n', "c.toml")

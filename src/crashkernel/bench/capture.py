@@ -29,6 +29,9 @@ CODECS = ("zstd", "lzo", "snappy", "zlib", "none")
 WORKERS = (1, 2)
 THREADS = (1, 2)
 LEVEL = 31
+ALL = 0
+"""The level of a dump of everything: six times as many pages of this vmcore, so that what a start costs weighs less."""
+CODECS_OF_ALL = ("zstd", "lzo")
 LEVELS = tuple(range(32))
 QUICK_LEVELS = (0, 1, 2, 4, 8, 16, 23, 31)
 SELECTION_CODEC = "lzo"  # the fastest that both sides have
@@ -71,7 +74,7 @@ FILTER_GOAL = 1.0  # of the time of makedumpfile's filter
 
 
 def goal(codec: str, workers: int) -> float | None:
-    """The ratio that is to be reached, where there is one."""
+    """The ratio that is to be reached at `LEVEL`, where there is one."""
     return next((each.ratio for each in GOALS if (each.codec, each.workers) == (codec, workers)), None)
 
 
@@ -164,6 +167,11 @@ class Speed:
     plain: str
     best: str
     names: Mapping[int, str]  # of ours, by the number of workers
+    level: int = LEVEL
+
+    def goal(self, workers: int) -> float | None:
+        """The ratio that is to be reached, where there is one."""
+        return goal(self.codec, workers) if self.level == LEVEL else None
 
     def ratio(self, workers: int) -> Ratio:
         """Our time as a part of makedumpfile's: of plain with one worker, of its best with two."""
@@ -190,7 +198,7 @@ class Speed:
     def missed(self, workers: int) -> Iterator[Missed]:
         """What is worse than its goal with so many workers: by medians, and not rounded."""
         where = f"{self.codec}, {_workers(workers)}"
-        wanted = goal(self.codec, workers)
+        wanted = self.goal(workers)
         if wanted is None:
             return
         if (ratio := self.ratio(workers).median) > wanted:
@@ -347,13 +355,14 @@ class Results:
 def _speed_record(speed: Speed) -> dict[str, object]:
     return {
         "codec": speed.codec,
+        "level": speed.level,
         "plain": speed.plain,
         "best": speed.best,
         "trials": [asdict(each) for each in speed.trials],
         "rounds": {name: [asdict(each) for each in measures] for name, measures in speed.rounds.measures.items()},
         "ratios": {workers: asdict(speed.ratio(workers)) for workers in WORKERS},
         "cpu_ratios": {workers: asdict(speed.cpu_ratio(workers)) for workers in WORKERS},
-        "goals": {workers: goal(speed.codec, workers) for workers in WORKERS},
+        "goals": {workers: speed.goal(workers) for workers in WORKERS},
         "missed": {workers: [each.what for each in speed.missed(workers)] for workers in WORKERS},
         "efficiency": asdict(speed.efficiency),
         "sizes": speed.sizes,
@@ -396,9 +405,11 @@ class Bench:
         """Measure and check."""
         with self._scratch(self._core.stat().st_size) as scratch:
             self._warm(self._core)
-            for codec in CODECS:
+            contests = [(codec, LEVEL) for codec in CODECS]
+            contests += [] if self._quick else [(codec, ALL) for codec in CODECS_OF_ALL]
+            for codec, level in contests:
                 if programs := self._with(codec):
-                    self.results.speeds.append(self._speed(codec, programs, scratch))
+                    self.results.speeds.append(self._speed(codec, level, programs, scratch))
                     done()
             self._memory(scratch)
             done()
@@ -434,22 +445,22 @@ class Bench:
 
     # -- speed
 
-    def _speed(self, codec: str, programs: Sequence[Makedumpfile], scratch: Path) -> Speed:
+    def _speed(self, codec: str, level: int, programs: Sequence[Makedumpfile], scratch: Path) -> Speed:
         trials: dict[tuple[Makedumpfile, int], float | None] = {}
         for program in programs:
-            plain = self._try(theirs(program, self._core, codec), scratch, _DEADLINE)
+            plain = self._try(theirs(program, self._core, codec, level=level), scratch, _DEADLINE)
             trials[program, 0] = plain
             for threads in THREADS:
                 limit = max(_LEAST, _HOPELESS * (plain or _DEADLINE))
-                trials[program, threads] = self._try(theirs(program, self._core, codec, threads), scratch, limit)
-        in_turn = {setting: theirs(setting[0], self._core, codec, setting[1]) for setting in finalists(trials)}
-        mine = {workers: ours(self._core, codec, workers) for workers in WORKERS}
+                trials[program, threads] = self._try(theirs(program, self._core, codec, threads, level), scratch, limit)
+        in_turn = {setting: theirs(setting[0], self._core, codec, setting[1], level) for setting in finalists(trials)}
+        mine = {workers: ours(self._core, codec, workers, level) for workers in WORKERS}
         contenders = [*mine.values(), *in_turn.values()]
         rounds = contest.hold(contenders, self._runs, lambda each: self._measure(each, scratch), self._progress)
         plain_run = fastest(rounds, [each.name for (_, threads), each in in_turn.items() if not threads])
         best = fastest(rounds, [each.name for each in in_turn.values()])
         listed = tuple(Trial(str(program), threads, seconds) for (program, threads), seconds in trials.items())
-        return Speed(codec, rounds, listed, plain_run, best, {number: each.name for number, each in mine.items()})
+        return Speed(codec, rounds, listed, plain_run, best, {number: each.name for number, each in mine.items()}, level)
 
     def _try(self, contender: Contender, scratch: Path, deadline: float) -> float | None:
         self._progress(f"trying {contender.name}")

@@ -32,6 +32,7 @@ DEFAULT_DEADLINE = 1200
 _OPTIONS = tuple(field.name.replace("_", "-") for field in fields(DrillRequest))
 _ALIKE = 0.7
 """From which ratio of difflib's on a word is taken for a misspelt one: excludes, excluded, exlude, include."""
+_LARGEST = (1 << 63) - 1  # that a database holds
 _TOP = ("name", "repeats", "seed", "deadline", "defaults", "matrix", "drill", "known")
 
 
@@ -88,7 +89,7 @@ def parse_campaign(text: str, path: str) -> Campaign:
     """
     try:
         raw = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a ValueError that is no TOMLDecodeError
         raise UsageError(f"{path}: {error}") from error
     try:
         return _campaign(raw, text, path)
@@ -311,8 +312,8 @@ def _repeats(block: Mapping[str, Any], place: str, otherwise: int) -> int:
 
 def _whole(table: Mapping[str, Any], name: str, place: str, otherwise: int, least: int = 0) -> int:
     value = table.get(name, otherwise)
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise _Wrong(f"{place}{name}", f"must be a whole number, {least} or more")
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _LARGEST:
+        raise _Wrong(f"{place}{name}", f"must be a whole number, {least} or more, that a database can hold")
     return value
 
 

@@ -44,7 +44,7 @@ exit status: 0 every case passed, 1 one failed, 2 usage, 3 this machine lacks so
 """
 
 _CAPTURE_EPILOG = """examples:
-  crashkernel bench capture                half an hour, and a minute more the first time
+  crashkernel bench capture                forty minutes, and a minute more the first time
   crashkernel bench capture --quick        some minutes
   crashkernel bench capture --runs 9 --json capture.json
 
@@ -246,7 +246,9 @@ def _show_capture(results: Results, console: Console) -> None:
     console.print(f"{results.vmcore}; {', '.join(results.programs)}")
     console.print(_speeds(results))
     for speed in results.speeds:
-        console.print(f"{speed.codec}: {_trials(speed)}; best in the rounds: {_opponent(speed.best)}", markup=False)
+        console.print(
+            f"{speed.codec}, level {speed.level}: {_trials(speed)}; best in the rounds: {_opponent(speed.best)}", markup=False
+        )
     console.print(f"not tried of makedumpfile: {UNTRIED}")
     for codec in results.unmatched:
         console.print(f"{codec}: no makedumpfile here has it; one on PATH that has would be measured")
@@ -305,10 +307,10 @@ def _ratio(ratio: Ratio) -> str:
 def _speeds(results: Results) -> Any:
     from rich.table import Table  # noqa: PLC0415
 
-    from crashkernel.bench.capture import WORKERS, goal  # noqa: PLC0415
+    from crashkernel.bench.capture import WORKERS  # noqa: PLC0415
 
     table = Table()
-    for title in ("codec", "workers", "makedumpfile"):
+    for title in ("codec", "level", "workers", "makedumpfile"):
         table.add_column(title)
     for title in ("time", "goal", "CPU time", "seconds", "theirs", "efficiency", "size"):
         table.add_column(title, justify="right")
@@ -316,11 +318,12 @@ def _speeds(results: Results) -> Any:
     for speed in results.speeds:
         mine, theirs = speed.sizes
         for workers in WORKERS:
-            ratio, wanted = speed.ratio(workers), goal(speed.codec, workers)
+            ratio, wanted = speed.ratio(workers), speed.goal(workers)
             efficiency = speed.efficiency.median if workers > 1 else None
             missed = ", ".join(each.what for each in speed.missed(workers))
             table.add_row(
                 speed.codec,
+                str(speed.level),
                 str(workers),
                 _opponent(speed.opponent(workers)),
                 _ratio(ratio),

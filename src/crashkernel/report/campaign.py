@@ -110,7 +110,7 @@ class Run:
     seconds: float | None
     workers: int
     cpus: int
-    end: str  # "done", "interrupted"; "" for killed, or still at it
+    end: str  # "done", "interrupted", "killed"; "" for killed, or still at it
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,9 +354,7 @@ class Campaign:
             )
         ]
         if self.runs:
-            ends = Counter(
-                {"done": "", "interrupted": "interrupted"}.get(run.end, "killed or still at it") for run in self.runs
-            )
+            ends = Counter({"done": "", "": "killed or still at it"}.get(run.end, run.end) for run in self.runs)
             ended = ", ".join(f"{count} {word}" for word, count in ends.items() if word)
             slots = max(run.workers for run in self.runs)
             told = f"{_plural(len(self.runs), 'run')} of the driver" + (f" ({ended})" if ended else "")
