@@ -1,6 +1,7 @@
 """Makes the builders importable as `support.*`, settles how properties run, and lets CI take no skip for an answer."""
 
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -9,6 +10,10 @@ import pytest
 from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+# A shell starts what it runs in the background with ^C ignored, and every child would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A machine that also runs twins is slow at times; an example has no deadline of its own, the test has pytest's.
 settings.register_profile("crashkernel", deadline=None)
