@@ -83,7 +83,18 @@ def test_every_option_but_the_seed_shows_in_a_drills_title(name):
 
 @pytest.mark.parametrize(
     "text",
-    ["512M", "1g", "0x20000000", "512M@0", "256M@128M", "512M@k1-end", "1G-8G:512M,8G-:1G", "0-2G:1M@16M", "512M mem=768M"],
+    [
+        "512M",
+        "1g",
+        "0x20000000",
+        "512M@0",
+        "256M@128M",
+        "512M@k1-end",
+        "1G-8G:512M,8G-:1G",
+        "0-2G:1M@16M",
+        "0M-2G:128M,2G-:256M",
+        "512M mem=768M",
+    ],
 )
 def test_what_k1_reads_of_crashkernel(text):
     assert DrillRequest.from_options({"crashkernel": text}).crashkernel == text

@@ -182,7 +182,7 @@ _NUMBERS = {
 _LONGEST_NUMBER = 256  # bits that are worth showing; Python itself refuses to write some thousands
 _KERNELS = ("kernel", "capture-kernel")
 _SIZE = "(?:0[xX][0-9a-fA-F]+|[1-9][0-9]*)[KMGTkmgt]?"
-_RANGE = f"(?:0|{_SIZE})-(?:{_SIZE})?:{_SIZE}"
+_RANGE = f"(?:0[KMGTkmgt]?|{_SIZE})-(?:{_SIZE})?:{_SIZE}"
 _RESERVATION = re.compile(f"(?:{_SIZE}|{_RANGE}(?:,{_RANGE})*)(?:@{_SIZE}|@0|{BEHIND_K1})?(?: .*)?")
 """What a kernel reads of `crashkernel=` (parse_crashkernel, kernel/crash_reserve.c), and other options of K1's behind it."""
 
