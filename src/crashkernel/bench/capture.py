@@ -8,6 +8,7 @@ disturbed, so several settings are run in turn with ours, and what is best is se
 
 from __future__ import annotations
 
+import compileall
 import os
 import shutil
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+import crashkernel
 from crashkernel.bench import bigcore, contest, dumps, makedumpfile, vmcore
 from crashkernel.bench.contest import Contender, Measure, Peak, Ratio, Rounds, TooSlow
 from crashkernel.bench.makedumpfile import Makedumpfile
@@ -381,6 +383,8 @@ class Bench:
     def __init__(self, runs: int, *, quick: bool = False, cache: Path | None = None, progress: Progress = silent) -> None:
         self._runs, self._quick, self._progress = runs, quick, progress
         self._cache = cache or default_cache()
+        # as installers do; who runs from a checkout with PYTHONDONTWRITEBYTECODE would compile anew in each run
+        compileall.compile_dir(Path(crashkernel.__file__).parent, quiet=2)
         self._core = vmcore.provide(cache=self._cache, progress=progress)
         self._programs = self._find_programs()
         self.results = Results(str(self._core), tuple(map(str, self._programs)))
