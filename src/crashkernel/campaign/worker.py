@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 from crashkernel import __version__
 from crashkernel.campaign.store import Result, Verdict, utc_now
 from crashkernel.drill.budget import STAGES_VARIABLE, Share, ledger, place_with_room, private_directory
-from crashkernel.drill.qemu import QEMU
-from crashkernel.drill.stages import BOOT_K1, BOOT_K2, VERIFY, WAIT
+from crashkernel.drill.qemu import QEMU, Wiring
+from crashkernel.drill.stages import BOOT_K1, BOOT_K2, CONSOLE, VERIFY, WAIT
 from crashkernel.errors import CrashkernelError
 from crashkernel.report.terminal import visible
 
@@ -224,14 +224,14 @@ class _Run:
         return visible(f"exit status {status}: {said}")
 
     def _kept_console(self) -> str:
-        return next((_tail(path) for path in self._keep.glob("*/console.log")), "")
+        return next((_tail(path) for path in self._keep.glob(f"*/{CONSOLE}")), "")
 
     def _console_of_the_living(self) -> str:
         """What the twin said so far; the ledger knows where the drill works."""
         for entry in ledger():
             if entry.process == self._process.pid and entry.directory:
                 with contextlib.suppress(OSError):
-                    return _tail(Path(entry.directory) / "console.log")
+                    return _tail(Wiring(Path(entry.directory)).console)
         return ""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import json
 import os
 from pathlib import Path
 
@@ -46,6 +47,18 @@ def read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}", hint="give the path of an existing, readable file") from error
+
+
+def write_json(path: Path, record: object) -> None:
+    """Write what `--json` names, whole or not at all; "-" is standard output.
+
+    :raise UsageError: it cannot be written.
+    """
+    text = json.dumps(record, indent=1) + "\n"
+    if str(path) == "-":
+        print(text, end="")
+    else:
+        write(path, text, "--json")
 
 
 def write(path: Path, text: str, option: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import threading
 import uuid
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crashkernel.cli.command import add_command, write
+from crashkernel.cli.command import add_command, write_json
 from crashkernel.cli.display import Display, require_extra, require_writable, terminable
 from crashkernel.cli.twin import add_machine
 from crashkernel.drill.accounting import FREE, PEAKS
@@ -130,11 +129,7 @@ def _tell(found: Sequence[Sized], wanted: Sequence[str], arguments: argparse.Nam
         progress.line(*line)
     try:
         if arguments.json is not None:
-            text = json.dumps({"sizes": [sized.record() for sized in found]}, indent=1)
-            if str(arguments.json) == "-":
-                print(text)
-            else:
-                write(arguments.json, text + "\n", "--json")
+            write_json(arguments.json, {"sizes": [sized.record() for sized in found]})
     finally:
         if arguments.into is not None:
             keep_sizes(arguments.into, found)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crashkernel.cli.command import add_command, write
+from crashkernel.cli.command import add_command, write, write_json
 from crashkernel.cli.display import Display, require_extra, require_writable, terminable
 from crashkernel.drill.faults import fault_lines
 from crashkernel.drill.request import DEFAULT_KERNEL, DrillRequest, Supplies, fetch
@@ -177,7 +176,8 @@ def _drill(arguments: argparse.Namespace) -> int:
                 if not number:
                     display.title(f"{supplies.title} on {scenario.twin.title}")
                 outcomes.append(_run(scenario, display))
-    _write_json(arguments.json, outcomes)
+    if arguments.json is not None:
+        write_json(arguments.json, _record(outcomes))
     return 0 if all(outcome.passed for outcome in outcomes) else 1
 
 
@@ -293,17 +293,10 @@ def _fetch(request: DrillRequest, display: Display, *, kexec_tools: bool = False
         return fetch(request, tell, kexec_tools=kexec_tools)
 
 
-def _write_json(path: Path | None, outcomes: list[Outcome]) -> None:
+def _record(outcomes: list[Outcome]) -> dict[str, Any]:
     from crashkernel.drill.record import outcome_record  # noqa: PLC0415
 
-    if path is None:
-        return
-    record: dict[str, Any] = {
+    return {
         "verdict": "PASS" if all(outcome.passed for outcome in outcomes) else "FAIL",
         "drills": [outcome_record(outcome) for outcome in outcomes],
     }
-    text = json.dumps(record, indent=1)
-    if str(path) == "-":
-        print(text)
-        return
-    write(path, text + "\n", "--json")

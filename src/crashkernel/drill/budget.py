@@ -171,7 +171,7 @@ def _entered(share: Share) -> Iterator[_OwnEntry]:
     with contextlib.ExitStack() as stack:
         with _guarded():
             _read()  # for the dead that may be removed; of another user's the file stays, and its number is taken
-            number = max((int(path.name) for path in LEDGER.iterdir() if _NUMBER.fullmatch(path.name)), default=0) + 1
+            number = max((int(path.name) for path in _files()), default=0) + 1
             path = LEDGER / f"{number:08}"
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
             stack.callback(os.close, descriptor)
@@ -257,10 +257,15 @@ def _guarded() -> Iterator[None]:
         os.close(descriptor)
 
 
+def _files() -> list[Path]:
+    """The entries, the living's and the dead's."""
+    return [path for path in LEDGER.iterdir() if _NUMBER.fullmatch(path.name)]
+
+
 def _read() -> list[Entry]:
     """With the ledger guarded: its entries. Those of the dead are removed, but for other users' (the directory is sticky)."""
     entries = []
-    for path in sorted(path for path in LEDGER.iterdir() if _NUMBER.fullmatch(path.name)):
+    for path in sorted(_files()):
         with contextlib.suppress(OSError), path.open("rb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -76,7 +76,7 @@ for node in $tree/reserved-memory/*@*; do
     [ ! -e "$node/reg" ] || region "${name%@*}" "$node/reg"
 done
 
-# The same as -m crashkernel, a third of a second sooner on an emulated CPU: nothing of so short a life is garbage to be
+# The same as -m crashkernel, a quarter of a second sooner on an emulated CPU: nothing of so short a life is garbage to be
 # collected, and the kernel takes a process's memory back faster than Python does.
 crashkernel() {
     python3.11 -S -c 'import gc; gc.disable(); import os, sys; from crashkernel.cli import main

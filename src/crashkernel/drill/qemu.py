@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 from qemu.qmp import QMPClient, QMPError
 
 from crashkernel.drill.guest import PORT_NAME
-from crashkernel.drill.stages import KERNEL_STARTS
+from crashkernel.drill.stages import CONSOLE, KERNEL_STARTS
 from crashkernel.drill.twin import Twin
 from crashkernel.errors import CrashkernelError, EnvironmentFault
 from crashkernel.memory import Range, align_up
@@ -56,6 +56,11 @@ class Wiring:
     def disk(self) -> Path:
         """The disk K2 writes the dump to."""
         return self.directory / "disk"
+
+    @property
+    def console(self) -> Path:
+        """All that the twin says there."""
+        return self.directory / CONSOLE
 
     def socket(self, name: str) -> Path:
         """One of console, control, qmp, gdb."""
@@ -250,7 +255,7 @@ class Debugger:
 class RunningTwin:
     """A twin under QEMU. `console` holds the last lines it printed; `on_console` sees each as it comes."""
 
-    def __init__(self, process: asyncio.subprocess.Process, wiring: Wiring, log: Path) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, wiring: Wiring) -> None:
         self.process = process
         self.wiring = wiring
         self.console: deque[str] = deque(maxlen=CONSOLE_TAIL)
@@ -262,7 +267,6 @@ class RunningTwin:
         self.plugged: Range | None = None  # memory that came while it ran
         self.spoke = asyncio.Event()  # set by each line on the console
         self.on_sound: Callable[[], None] | None = None  # called for each line on the console or the control port
-        self._log = log
         self._control: tuple[asyncio.StreamReader, asyncio.StreamWriter]
         self._qmp: QMPClient
         self._reader: asyncio.Task[None]
@@ -286,7 +290,6 @@ class RunningTwin:
                 server = await asyncio.start_unix_server(_accept(connections[name]), wiring.socket(name), limit=1 << 20)
                 stack.callback(server.close)
             await qmp.start_server(str(wiring.socket("qmp")))
-            log = wiring.directory / "console.log"
             errors = wiring.directory / "qemu.log"
             with errors.open("wb") as sink:
                 process = await asyncio.create_subprocess_exec(
@@ -294,7 +297,7 @@ class RunningTwin:
                     "setpriv", "--pdeathsig", "KILL", *command, stdin=asyncio.subprocess.DEVNULL, stdout=sink, stderr=sink
                 )  # fmt: skip
             stack.push_async_callback(_end, process)
-            machine = cls(process, wiring, log)
+            machine = cls(process, wiring)
             try:
                 async with asyncio.timeout(deadline):
                     await _or_exit(qmp.accept(), process)
@@ -451,7 +454,7 @@ class RunningTwin:
             raise EOFError(f"QEMU did not do {name}: {error}") from error
 
     async def _read_console(self, reader: asyncio.StreamReader) -> None:
-        with self._log.open("wb") as log, contextlib.suppress(ConnectionError):
+        with self.wiring.console.open("wb") as log, contextlib.suppress(ConnectionError):
             while raw := await reader.readline():
                 log.write(raw)
                 log.flush()

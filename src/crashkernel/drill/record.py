@@ -15,6 +15,7 @@ from crashkernel.drill.filtered import SavedDump, judge_filtered
 from crashkernel.drill.guest_driver import ELSEWHERE
 from crashkernel.drill.saving import Saving
 from crashkernel.drill.sparse import copy_sparse
+from crashkernel.drill.stages import CONSOLE
 from crashkernel.drill.verdict import Truth, Verdict, judge
 from crashkernel.errors import FormatError, UsageError
 from crashkernel.formats import fields
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from crashkernel.drill.scenario import Outcome
     from crashkernel.memory import Range
 
-DUMP, TRUTH, PLAN, CONSOLE, EVIDENCE = "vmcore", "truth", "plan.json", "console.log", "evidence.json"
+DUMP, TRUTH, PLAN, EVIDENCE = "vmcore", "truth", "plan.json", "evidence.json"
 """Names of the files of a kept drill."""
 
 

@@ -31,7 +31,7 @@ from crashkernel.drill.guest import NONCE_SIZE, build_crash_image
 from crashkernel.drill.images import build_images
 from crashkernel.drill.qemu import Debugger, Hardware, RunningTwin, Wiring, qemu_command
 from crashkernel.drill.ram import disk_size, prepared, read_ram
-from crashkernel.drill.record import CONSOLE, EVIDENCE, PLAN, TRUTH, evidence_json, keep_evidence
+from crashkernel.drill.record import EVIDENCE, PLAN, TRUTH, evidence_json, keep_evidence
 from crashkernel.drill.saving import Footprint
 from crashkernel.drill.sparse import copy_sparse, place_sparse
 from crashkernel.drill.stages import (
@@ -168,7 +168,7 @@ def _room(scenario: Scenario, tell: Listener) -> contextlib.AbstractContextManag
 
 def _conclude(outcome: Outcome, wiring: Wiring) -> None:
     """Ask each fault what came of it. A stage that failed because a fault meant it to is no failure, if no dump pretends."""
-    console = console_text(wiring.directory / CONSOLE)
+    console = console_text(wiring)
     ending = Ending(console, outcome.stages, outcome.plan, outcome.verdict, outcome.failure)
     meant = [fault.conclude(ending) for fault in outcome.faults]
     if outcome.failure is not None and any(meant):
@@ -295,7 +295,7 @@ async def _hand_over(outcome: Outcome, drill: Running, debugger: Debugger, crash
     async with clock.stage(BOOT_K2, machine), signs_of_life(machine, plan, patience):
         await first_words(machine, plan)
         # on bare metal no CPU but one comes to the purgatory; and K2 of a refreshed load has those that came, too
-        all_cpus = max(outcome.scenario.request.smp, plan.slaves + 1) if drill.request.all_cpus else None
+        all_cpus = max(drill.request.smp, plan.slaves + 1) if drill.request.all_cpus else None
         require_cpus(await expect(machine, "k2-cpus"), crashed_cpu, all_cpus)
         await expect(machine, "k2-up")
     async with clock.stage(CAPTURE, machine) as note, signs_of_life(machine, plan, patience):

@@ -127,6 +127,9 @@ def _likely(stage: Stage, console: Iterable[str]) -> str:
     return next((cause for sign, cause in _CAUSES if sign in text), stage.likely)
 
 
+CONSOLE = "console.log"
+"""Name of the file that has all of a twin's console, where a drill works and where it is kept."""
+
 KERNEL_STARTS = "] Linux version"
 """In a kernel's first line on the console."""
 

@@ -82,15 +82,15 @@ def parse_faults(request: DrillRequest) -> tuple[Fault, ...]:
             hint="give one of them",
         )
     order = list(KINDS)
-    for last in faults:
-        if last.expects == "dump" or last.seen_in_dump:
+    last = next((fault for fault in faults if fault.expects == "told" and not fault.seen_in_dump), None)
+    for fault in faults:
+        if last is None or fault is last:
             continue
-        for fault in faults:
-            if fault is not last and (fault.seen_in_dump or order.index(fault.kind) > order.index(last.kind)):
-                raise UsageError(
-                    f"with fault {last.word} there is no dump, and without one nobody sees what {fault.word} did",
-                    hint="give one of them",
-                )
+        if fault.seen_in_dump or order.index(fault.kind) > order.index(last.kind):
+            raise UsageError(
+                f"with fault {last.word} there is no dump, and without one nobody sees what {fault.word} did",
+                hint="give one of them",
+            )
     return tuple(sorted(faults, key=lambda fault: order.index(fault.kind)))
 
 

@@ -9,10 +9,9 @@ from crashkernel.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from crashkernel.drill.guest import Driver
-    from crashkernel.drill.qemu import Debugger, Hardware, RunningTwin
+    from crashkernel.drill.qemu import Debugger, Hardware, RunningTwin, Wiring
     from crashkernel.drill.request import DrillRequest
     from crashkernel.drill.stages import Clock
     from crashkernel.drill.twin import Twin
@@ -167,6 +166,6 @@ def saved_exactly(registers: Mapping[str, int]) -> Mapping[str, int]:
     return {name: value for name, value in registers.items() if name not in ("msr", "gpr13")}
 
 
-def console_text(path: Path) -> str:
+def console_text(wiring: Wiring) -> str:
     """All that a twin said on its console."""
-    return path.read_text(errors="replace").replace("\r", "") if path.exists() else ""
+    return wiring.console.read_text(errors="replace").replace("\r", "") if wiring.console.exists() else ""

@@ -197,7 +197,7 @@ class StuckCpu(Fault):
 
     async def dead(self, drill: Running, debugger: Debugger, truth: Truth) -> bool:
         """K1 has said by now whether it got at it."""
-        console = console_text(drill.machine.wiring.directory / "console.log")
+        console = console_text(drill.machine.wiring)
         self._given_up = next((line.partition("] ")[2] for line in console.splitlines() if "not responding" in line), "")
         return False
 
