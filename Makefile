@@ -5,7 +5,7 @@
 #   make check    the quick part of it: lint, types, unit tests
 #   make bench    a drill against the two boots it contains
 #   make bench-purgatory  the purgatory alone, on thousands of generated plans (a minute or two)
-#   make bench-capture  capture beside makedumpfile, on a real vmcore (forty minutes)
+#   make bench-capture  capture beside makedumpfile, on a real vmcore (a good half hour)
 #   make reach    every kernel of Debian's on every machine, and the README's table (an hour or so on two cores)
 #   make kill-campaign  forty drills whose workers and driver are killed meanwhile (a quarter of an hour)
 #   make big-endian  a big-endian kernel for drills, built from source (docs/big-endian.md)

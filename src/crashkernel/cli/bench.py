@@ -44,7 +44,7 @@ exit status: 0 every case passed, 1 one failed, 2 usage, 3 this machine lacks so
 """
 
 _CAPTURE_EPILOG = """examples:
-  crashkernel bench capture                forty minutes, and a minute more the first time
+  crashkernel bench capture                a good half hour, and a minute more the first time
   crashkernel bench capture --quick        some minutes
   crashkernel bench capture --runs 9 --json capture.json
 
