@@ -1,7 +1,7 @@
 """The pages that the filter keeps, against those that makedumpfile keeps: every level, every vmcore there is, two releases.
 
-It makes no vmcore. It takes `$CRASHKERNEL_VMCORES/*.vmcore` (any kernels of x86_64 and ppc64le) and what `make bench-capture`
-left in the cache.
+It takes the bench's vmcore, which is made if it is not in the cache, others that are there, and `$CRASHKERNEL_VMCORES/*.vmcore`
+(any kernels of x86_64 and ppc64le).
 
 Two things of a kernel's are put into words that makedumpfile knows, in a copy of the vmcore, for otherwise it would read
 something else than page structs (`pagefilter`'s docstring has what it does then): `compound_info` of 7.1 and later is called
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from crashkernel.bench import vmcore as benchs
 from crashkernel.bench.makedumpfile import SUITES, Makedumpfile, provide
 from crashkernel.capture.pagefilter import PageFilter
 from crashkernel.capture.selection import MAX_DUMP_LEVEL, PageClass
@@ -165,11 +166,19 @@ def file_offset(source: ElfVmcore, paddr: int) -> int:
 # --------------------------------------------------------------------------------------------------------------- the tests
 
 
+OTHERS = [path for path in corpus() if path.parent.name != benchs.Recipe().name]
+
+
+@pytest.fixture(params=[None, *OTHERS], ids=lambda path: name(path) if path else benchs.Recipe().name)
+def vmcore(request) -> Path:
+    """Each of the corpus. The bench's, which a newcomer's cache lacks when tests are collected, is made now if need be."""
+    return request.param or benchs.provide()
+
+
 def test_there_is_a_corpus():
-    assert corpus(), "no vmcore: run `make bench-capture`, or set CRASHKERNEL_VMCORES to a directory of *.vmcore files"
+    assert benchs.provide() in corpus()
 
 
-@pytest.mark.parametrize("vmcore", corpus(), ids=name)
 def test_every_page_at_every_level(vmcore, scratch):
     copy = in_its_words(vmcore, scratch)
     with ElfVmcore(vmcore) as source:
